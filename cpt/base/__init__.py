@@ -1,0 +1,1 @@
+"""What every part may use: errors, units, registries, files, events. Imports nothing of the project."""

@@ -1,0 +1,342 @@
+"""What a run is, as pure data: `RunPlan` and its parts. Frozen, no behaviour, JSON round trip by `to_json`, `from_json`.
+
+A plan is made once, where the person typed (`config/build.py`); the ranks read it from `plan.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["new", "replay"]
+KEEP = ("weights", "optimizer", "cursor", "lr", "rng")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer, in the project's own words for every family.
+
+    `hf_config` is the `config.json` that the base came with, verbatim, so that an export changes only what changed.
+    """
+
+    family: str  # llama | mistral | qwen2 | qwen3 | gpt_neox
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": "llama3", "factor": ...}
+    rotary_percent: float = 1.0
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    linear_bias: bool = False  # biases on the other linear layers (GPT-NeoX)
+    qk_norm: bool = False
+    normalization: str = "rmsnorm"  # rmsnorm | layernorm
+    activation: str = "swiglu"  # swiglu | gelu | gelu_tanh
+    parallel_residual: bool = False
+    init_std: float = 0.02
+    hf_config: Mapping[str, Any] | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters without vocabulary padding; tied embeddings count once."""
+        h, f, d = self.hidden_size, self.ffn_hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_query_groups * d
+        attention = h * (q + 2 * kv) + q * h + (q + 2 * kv) * self.qkv_bias + h * self.linear_bias
+        attention += 2 * d * self.qk_norm
+        gated = 3 if self.activation == "swiglu" else 2
+        mlp = gated * h * f + ((gated - 1) * f + h) * self.linear_bias
+        norm = h * (2 if self.normalization == "layernorm" else 1)
+        embeddings = self.vocab_size * h * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * norm) + norm + embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What the first stages start from."""
+
+    kind: str  # scratch | hf | native
+    path: str | None = None  # absolute folder; None for scratch
+    identity: str = "scratch"  # content identity of the checkpoint, part of fingerprints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The tokenizer of a run: a `tokenizer.json`, or the order to train one."""
+
+    path: str | None = None  # absolute folder or tokenizer.json; None until trained
+    train_on: tuple[str, ...] = ()  # sources whose train split a new tokenizer is trained on
+    vocab_size: int | None = None  # of the tokenizer to train
+    hash: str | None = None  # of tokenizer.json's content; None until trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """Size of a source's train split under the run's tokenizer. An estimate until the source is prepared."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    estimated: bool = True
+    content_hash: str | None = None  # of the prepared token shards; None until prepared
+    valid_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A named corpus."""
+
+    name: str
+    reader: str = "files"  # a name of `data.readers.READERS`
+    patterns: tuple[str, ...] = ()  # paths as typed
+    paths: tuple[str, ...] = ()  # absolute files, globs expanded, sorted
+    text: str = "text"  # column that holds the text
+    valid: float = 0.01  # held-out share, chosen by document hash [fraction]
+    valid_paths: tuple[str, ...] = ()  # held-out files, instead of a share
+    allow_special: bool = False  # encode special-token strings in raw text as special tokens
+    licence: str | None = None
+    identity: str = ""  # of the raw files: hash over (relative name, size, mtime) and the fields above
+    facts: SourceFacts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How documents become token sequences."""
+
+    bos: bool = False  # a BOS token before each document
+    eos: bool = True  # an EOS token after each document
+    reset_positions: bool = False  # positions restart at each document in a packed sequence
+    mask_documents: bool = False  # no attention across documents in a packed sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A share of a stage's tokens from what earlier stages or the base model were trained on.
+
+    `sources` are the shares inside the replay part, normalised.
+    """
+
+    share: float  # of all tokens of the stage [fraction]
+    sources: Mapping[str, float]
+    account: str = "equal_compute"  # equal_compute: inside the stage's tokens | additive: on top of them
+    of: str = "base"  # whose data is read again (`from` in a recipe): base or a stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lr:
+    """A learning-rate curve, resolved: `schedules.curve(lr)(n)` gives the lr of stage step n (from 0).
+
+    The curve is evaluated at `offset + n` over `span` steps; with `counter: run` both count from the first stage of
+    the chain, with `counter: stage` offset is 0 and span is the stage's steps.
+    """
+
+    schedule: str
+    options: Mapping[str, Any]  # the schedule's own options, complete
+    counter: str = "stage"  # stage | run
+    offset: int = 0
+    span: int = 0
+    start_lr: float = 0.0  # lr that the parent ended on; 0 when there is none
+    points: tuple[float, float, float] = (0.0, 0.0, 0.0)  # first, highest and last lr of the stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0 = no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """A layout. `dp` is the number of model copies; world size is tp · pp · dp."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vp: int = 1  # model chunks per pipeline rank (interleaved schedule)
+    layers: tuple[int, ...] | None = None  # layers per (pp · vp) part when uneven; None = even, or the default uneven
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Validation losses of a stage."""
+
+    sources: tuple[str, ...] = ()
+    every_steps: int | None = None  # None: only at the start (first stage) and at the end
+    tokens: int = 131_072  # per source at most
+    at_start: bool = True  # measure before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopIf:
+    """A guard: ends the run when a source's validation loss has risen against the stage's start."""
+
+    source: str
+    loss_rises: float  # relative rise that is allowed [fraction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anomalies:
+    """What is done about a NaN or a loss spike."""
+
+    nan: str = "skip"  # skip the update | stop
+    spike: str = "warn"  # warn | skip | stop | rollback (from the newest checkpoint, leaving the step's samples out)
+    spike_factor: float = 3.0  # a spike is a loss above factor · running mean (of `window` steps)
+    window: int = 50
+    max_skips: int = 10  # in a row; more stop the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retain:
+    """Which checkpoints stay."""
+
+    last: int = 2
+    every: int | None = None  # additionally every so many tokens
+    stage_ends: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written and which stay."""
+
+    every_steps: int | None = None
+    retain: Retain = field(default_factory=Retain)
+    asynchronous: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Everything a train stage does. Tokens = steps · global_batch_size · seq_length."""
+
+    tokens: int
+    steps: int
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    precision: str  # fp32 | bf16
+    mixture: Mapping[str, float]  # shares of the non-replay tokens, normalised, by source
+    replay: Replay | None
+    lr: Lr
+    optimizer: Optimizer
+    parallel: Parallel
+    recompute: str = "none"  # none | selective | full
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    stop_if: StopIf | None = None
+    anomalies: Anomalies = field(default_factory=Anomalies)
+    saving: Saving = field(default_factory=Saving)
+    broken_import_guard: bool = True
+    log_every: int = 1  # steps between `step` events
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: turns a parent checkpoint into a child checkpoint (or measures one)."""
+
+    name: str
+    kind: str  # train | convert | evaluate
+    parent: str | None  # `base`, a stage of this run, or an absolute checkpoint folder; None = scratch
+    parent_at: int | str | None = None  # None = its end | a step | "pre_anneal"
+    keep: tuple[str, ...] = ()
+    train: Train | None = None  # of a train stage
+    options: Mapping[str, Any] = field(default_factory=dict)  # of another kind, e.g. {"to": "hf"}
+    fingerprint: str = ""
+    # The step at which this train stage must leave a checkpoint that is never removed because a later stage forks there.
+    keep_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A whole run."""
+
+    id: str  # 64 hexadecimal digits; people see the first 6
+    name: str
+    recipe: str
+    base: Base
+    model: ModelConfig | None  # None only while the base cannot be read (plan of a missing base is refused)
+    tokenizer: Tokenizer
+    sources: Mapping[str, Source]
+    data: DataOptions
+    stages: Mapping[str, StagePlan]  # in order of execution
+    tracking: Mapping[str, Any] = field(default_factory=dict)
+    launcher: Mapping[str, Any] = field(default_factory=dict)
+    cache: str = ""  # absolute folder of prepared corpora
+    runs: str = ""  # absolute folder that holds the run folders
+    config: Mapping[str, Any] = field(default_factory=dict)  # the composed recipe, for people (`plan.yaml`)
+
+    @property
+    def short_id(self) -> str:
+        return self.id[:6]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one attempt at a stage gets besides the plan (`attempt_N/job.json`): everything found at its start."""
+
+    run_dir: str
+    stage: str
+    attempt: int
+    start: str  # scratch | hf | native: what `parent` is
+    parent: str | None  # absolute HF folder or native iter_* folder; None = scratch
+    resume: str | None  # iter_* folder of this very stage to go on from; wins over parent
+    corpora: Mapping[str, str]  # source -> absolute folder of the prepared corpus
+    tokenizer: str | None  # absolute tokenizer.json
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass of this file as JSON types; tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value
+
+
+T = typing.TypeVar("T")
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The inverse of `to_json`: `from_json(type(x), to_json(x)) == x`. Unknown fields are an error, missing ones default."""
+    return typing.cast(T, _read(kind, value))
+
+
+def _read(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        options = [a for a in args if a is not type(None)]
+        return _read(options[0], value) if len(options) == 1 else value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        return kind(**{k: _read(hints[k], v) for k, v in value.items()})
+    if origin is tuple:
+        item = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        return tuple(_read(item if item else args[i], v) for i, v in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return {k: _read(args[1], v) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
