@@ -1,0 +1,5 @@
+"""`python -m cpt` is the command `cpt`."""
+
+from cpt.cli import main
+
+main()
