@@ -1,0 +1,146 @@
+"""What a native checkpoint is: `manifest.json`, written last. A folder with a manifest whose sizes match is whole.
+
+No torch here: plans, `cpt status` and the orchestrator read manifests.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpt.base.errors import UsageError
+from cpt.base.files import canonical_json, hash_text, read_json, write_json
+from cpt.plan.types import ModelConfig, Parallel, from_json, to_json
+
+NAME = "manifest.json"
+FORMAT = "cpt-native"
+VERSION = 1
+PHASES = ("train", "stop", "pre_anneal", "end")  # of two labels for one step, the later in this order stays
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """One file of a checkpoint. `crc32` is of all its bytes, as eight hexadecimal digits."""
+
+    size: int  # [bytes]
+    crc32: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a checkpoint comes from: what the engine cannot know by itself. Same for every save of an attempt.
+
+    `parent` is `{"path": ..., "identity": ...}` of the checkpoint that the stage started from, None from scratch.
+    """
+
+    stage: str = ""
+    fingerprint: str = ""  # of the stage
+    plan_id: str = ""
+    tokenizer_hash: str | None = None
+    parent: Mapping[str, Any] | None = None
+    attempt: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint but its tensors. `progress` is `engine.ports.Progress` as JSON."""
+
+    origin: Origin
+    model: ModelConfig
+    padded_vocab_size: int
+    precision: str  # fp32 | bf16
+    layout: Parallel
+    phase: str  # train | stop | pre_anneal | end
+    step: int  # of the stage
+    tokens: int  # of the stage
+    progress: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | None = (
+        None  # {"step": updates made, "groups": [hyperparameters]}; None = weights only
+    )
+    rng_ranks: int = 0  # ranks whose random state is stored; 0 = none
+    versions: Mapping[str, str] = field(default_factory=dict)  # cpt, torch, megatron_core, python
+    created: float = 0.0  # [unix seconds]
+    files: Mapping[str, FileFacts] = field(default_factory=dict)  # by path inside the folder, manifest excepted
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk without the manifest [bytes]."""
+        return sum(f.size for f in self.files.values())
+
+    @property
+    def identity(self) -> str:
+        """Content identity: equal for equal files of an equal model, whatever folder, phase and time."""
+        content = {name: [f.size, f.crc32] for name, f in self.files.items()}
+        return hash_text(canonical_json({"files": content, "model": to_json(self.model)}))
+
+
+def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write the manifest atomically: from here on the checkpoint is whole."""
+    write_json(Path(folder) / NAME, to_json(manifest))
+
+
+def read(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a native checkpoint folder.
+
+    Raises:
+        UsageError: there is none, or it is not one of ours.
+    """
+    path = Path(folder) / NAME
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"`{folder}` has no `{NAME}`: its save never finished, or it is not a checkpoint of cpt"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`{path}` cannot be read: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(f"`{path}` is not a manifest of a native checkpoint")
+    if value.get("version") != VERSION:
+        raise UsageError(
+            f"`{path}` has version {value.get('version')}, this cpt reads version {VERSION}",
+            "read it with the release that wrote it",
+        )
+    try:
+        return from_json(Manifest, value)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UsageError(f"`{path}` is damaged: {error}") from None
+
+
+def why_not_whole(folder: str | os.PathLike[str]) -> str | None:
+    """Why a native checkpoint folder must not be used; None when it is whole (manifest there, all sizes match)."""
+    folder = Path(folder)
+    if not (folder / NAME).is_file():
+        return "its save never finished (no manifest)"
+    try:
+        files = read(folder).files
+    except UsageError as error:
+        return error.message
+    for name, facts in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            return f"`{name}` is missing"
+        if size != facts.size:
+            return f"`{name}` has {size:,} bytes instead of {facts.size:,}"
+    return None
+
+
+def is_whole(folder: str | os.PathLike[str]) -> bool:
+    """Whether a native checkpoint folder can be used."""
+    return why_not_whole(folder) is None
+
+
+def crc32_of(path: str | os.PathLike[str]) -> str:
+    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
