@@ -144,7 +144,7 @@ class Lr:
     counter: str = "stage"  # stage | run
     offset: int = 0
     span: int = 0
-    start_lr: float = 0.0  # lr that the parent ended on; 0 when there is none
+    start_lr: float = 0.0  # lr that a warmup rises from: where the curve's first stage found its parent; 0 = none
     points: tuple[float, float, float] = (0.0, 0.0, 0.0)  # first, highest and last lr of the stage
 
 
