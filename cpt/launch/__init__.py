@@ -1,1 +1,68 @@
-"""..."""
+"""Ways to start the ranks of a stage. New launcher = one file here + its import below.
+
+A launcher is a frozen dataclass of its own options. `cpt.stages.attempt` decides what an attempt is and writes its
+`job.json`; a launcher only starts `world_size` processes of `python -m cpt.worker JOB.json` and says how they ended.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.base.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One attempt at a stage, as a launcher sees it. The attempt's folder holds `job.json` and takes `logs/`."""
+
+    run_dir: Path
+    stage: str
+    attempt_dir: Path
+    world_size: int
+    layout: str  # for people, e.g. "tp 2, pp 2, dp 1"
+    python: str  # the interpreter that has `cpt`
+    cwd: Path  # where the person typed the command
+
+    @property
+    def job(self) -> Path:
+        return self.attempt_dir / "job.json"
+
+
+class Ranks(ABC):
+    """Ranks that were started. `poll` until it gives an exit code."""
+
+    @abstractmethod
+    def poll(self) -> int | None:
+        """None while a rank lives; then 0 done, 75 saved, 4 a guard, else failed (`attempt_N/failure.json`)."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ask all ranks to save and stop. May be called again without harm."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End everything now; returns when nothing is left."""
+
+
+class Launcher(ABC):
+    """One way to start workers."""
+
+    @abstractmethod
+    def num_devices(self) -> int | None:
+        """Processes that a stage may use when the recipe gives no `dp`; None when only the layout decides."""
+
+    @abstractmethod
+    def write_script(self, launch: Launch) -> Path:
+        """Write the readable script that does by hand what `start` does, into the stage's folder."""
+
+    @abstractmethod
+    def start(self, launch: Launch, environ: Mapping[str, str]) -> Ranks:
+        """Start the ranks; returns at once."""
+
+
+LAUNCHERS: Registry[type[Launcher]] = Registry("launcher")
+
+from cpt.launch import local  # noqa: E402, F401

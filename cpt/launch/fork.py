@@ -1,0 +1,258 @@
+"""The parent of the ranks on one machine: imports the heavy libraries once, forks the ranks, watches them.
+
+Importing torch and Megatron-core takes several seconds of a core. Done once and shared by fork, four ranks start in
+the time of one. The parent itself never computes and never touches a GPU, so that a forked rank may open one.
+
+    cpt run ── python -m cpt.worker --ranks 4 JOB ── rank 0 ── helpers of a save
+                (own session)                     ├─ rank 1    (each rank leads its own process group)
+                                                  └─ ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from cpt.base.errors import DONE, GUARD, SAVED
+from cpt.launch import outcome, processes
+
+PARENT_VARIABLE = "CPT_PARENT_PID"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_GRACE_SECONDS = 1.0  # for ranks that are failing by themselves to write down why, before they are killed
+_LINGER_SECONDS = 600.0  # a rank that lives this long after another one ended well will not end by itself
+
+
+@dataclass
+class _Tree:
+    """The living ranks and how the others ended, in order."""
+
+    living: dict[int, int] = field(default_factory=dict)  # pid → rank
+    ended: dict[int, int] = field(default_factory=dict)  # rank → status as subprocess gives it
+    asked: int = 0  # stop signals received
+    now: bool = False  # asked a second time: do not wait
+
+
+def num_threads(num_ranks: int) -> int:
+    """Threads a rank may use: more threads than cores slows a run several times."""
+    return max(1, processes.num_cores() // num_ranks)
+
+
+def set_threads(environ: MutableMapping[str, str], threads: int) -> None:
+    """Set what numeric libraries read at their import, where the person has not."""
+    for name in THREAD_VARIABLES:
+        environ.setdefault(name, str(threads))
+
+
+def run_ranks(
+    num_ranks: int,
+    attempt_dir: Path,
+    rank_main: Callable[[], int],
+    modules: Iterable[str],
+    tick: Callable[[], bool] = lambda: False,
+) -> int:
+    """Fork `num_ranks` ranks, wait for all, and leave no process behind.
+
+    Args:
+        attempt_dir: the attempt's folder; ranks log to `logs/rank_0000.log` in it.
+        rank_main: what each rank runs; it finds RANK, WORLD_SIZE, ... in the environment and gives its exit code.
+        modules: imported once, before the fork.
+        tick: called about once a second while ranks live; True asks for a stop.
+
+    Returns:
+        The attempt's exit code, see `outcome.conclude`.
+    """
+    set_threads(os.environ, num_threads(num_ranks))
+    if parent := os.environ.pop(PARENT_VARIABLE, None):
+        processes.die_with_parent(int(parent))
+    processes.adopt_orphans()
+    tree = _Tree()
+    _take_signals(tree)
+    (attempt_dir / "logs").mkdir(parents=True, exist_ok=True)
+    for name in modules:
+        importlib.import_module(name)
+    if tree.asked:
+        return SAVED
+    store = _rendezvous(num_ranks)
+    os.environ |= _rank_environment(num_ranks, store.port)
+    memory_kills = _memory_kills()
+    try:
+        gc.freeze()  # the collector would touch, and so copy, every page of the imported modules in every rank
+        for rank in range(num_ranks):
+            _fork(tree, rank, attempt_dir, rank_main)
+        _watch(tree, num_ranks, tick)
+    finally:
+        _end_all(tree)
+    return outcome.conclude(
+        attempt_dir,
+        num_ranks,
+        tree.ended,
+        stopping=tree.asked > 0,
+        out_of_memory=_memory_kills() > memory_kills,
+    )
+
+
+def _take_signals(tree: _Tree) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        tree.asked += 1
+        tree.now |= tree.asked > 1 and number == signal.SIGINT
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+
+
+def _rendezvous(num_ranks: int) -> Any:
+    """The store at which the ranks meet. It takes a free port itself, so nobody can take that port in between."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, num_ranks, is_master=True, wait_for_workers=False)
+
+
+def _rank_environment(num_ranks: int, port: int) -> dict[str, str]:
+    return {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # torch's own word for "the store is served by the parent": rank 0 joins it instead of opening a second one.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _fork(tree: _Tree, rank: int, attempt_dir: Path, rank_main: Callable[[], int]) -> None:
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A stop signal between fork and the child's own handlers must not run the parent's handler in the child.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    pid = os.fork()
+    if pid == 0:
+        _child(rank, parent, attempt_dir, rank_main)
+    with contextlib.suppress(OSError):
+        os.setpgid(pid, pid)
+    tree.living[pid] = rank
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _child(rank: int, parent: int, attempt_dir: Path, rank_main: Callable[[], int]) -> NoReturn:
+    code = 1
+    try:
+        processes.die_with_parent(parent)
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        log = os.open(outcome.log_path(attempt_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        import torch
+
+        torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+        code = rank_main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Not sys.exit: that would run the parent's exit handlers a second time and wait for helper threads.
+        os._exit(code)
+
+
+def _watch(tree: _Tree, num_ranks: int, tick: Callable[[], bool]) -> None:
+    """Until all ranks have ended, or one has failed and the others had their second to say why."""
+    told = 0
+    last_tick = time.monotonic()
+    deadline: float | None = None
+    while tree.living:
+        _reap(tree)
+        now = time.monotonic()
+        if now - last_tick > 1.0:
+            last_tick = now
+            tree.asked += bool(tick()) and not tree.asked
+        if tree.asked > told:
+            told = tree.asked
+            for pid in list(tree.living):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+        if deadline is None and tree.ended:
+            good = all(status in (DONE, SAVED, GUARD) for status in tree.ended.values())
+            if not good:
+                deadline = now + _GRACE_SECONDS
+            elif len(tree.ended) < num_ranks:
+                deadline = now + _LINGER_SECONDS
+        elif deadline is not None and any(s not in (DONE, SAVED, GUARD) for s in tree.ended.values()):
+            deadline = min(deadline, now + _GRACE_SECONDS)
+        if tree.now or (deadline is not None and now > deadline):
+            return
+        time.sleep(0.02)
+
+
+def _reap(tree: _Tree) -> None:
+    """Take note of ranks that ended; helpers that lost their rank are reaped without a note."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        rank = tree.living.pop(pid, None)
+        if rank is not None:
+            tree.ended[rank] = os.waitstatus_to_exitcode(status)
+            processes.kill_group(pid)
+
+
+def _end_all(tree: _Tree) -> None:
+    """Kill ranks that still live, and every descendant that was left to us."""
+    for pid in list(tree.living):
+        processes.kill_group(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in list(tree.living):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        processes.kill_group(pid)
+    tree.living.clear()
+    _kill_descendants()
+
+
+def _kill_descendants() -> None:
+    import psutil
+
+    for _ in range(50):
+        children = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not children:
+            return
+        time.sleep(0.02)
+
+
+def _memory_kills() -> int:
+    """Processes that the kernel has ended for memory in our control group (version 2); 0 where nobody counts."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().split("::", 1)[1].splitlines()[0]
+        text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text()
+    except (OSError, IndexError):
+        return 0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))

@@ -1,0 +1,138 @@
+"""Ranks on this machine: one process a rank, own session, logs per rank; the first failure ends the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.base.errors import SAVED, UsageError
+from cpt.base.files import write_atomic
+from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork, processes
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+# Stage `{stage}` of the run in {run_dir}
+# {num_ranks} ranks on this machine ({layout}). Written by `cpt run`, which does the same; safe to run by hand:
+# it refuses while another process has the stage, goes on from the newest whole checkpoint, and records how it ended.
+set -uo pipefail
+
+cd {cwd} || exit 3
+
+# More threads than cores slow a run several times: cores / ranks each.
+{exports}
+
+# 1. Take the stage: check its parent, find where to go on, write the attempt's job.json, print its path.
+job=$({python} -m cpt.stages.attempt begin {run_dir} {stage_arg} --holder "$$") || exit $?
+[ -n "$job" ] || exit 0  # done already
+
+# 2. Start the ranks and wait. Logs are beside the job, in logs/rank_0000.log and so on.
+{python} -m cpt.worker --ranks {num_ranks} "$job"
+
+# 3. Record how the attempt ended: exit 0 done, 75 saved and more to do, 4 a guard ended it, else failed.
+exec {python} -m cpt.stages.attempt end "$job" "$?"
+"""
+
+
+class LocalRanks(Ranks):
+    """The ranks' parent process and everything below it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._asked = False
+
+    def poll(self) -> int | None:
+        code = self._process.poll()
+        if code is not None:
+            # After a `kill -9` of the parent its ranks are ending too; a resume must not meet them.
+            processes.kill_session(self._process.pid)
+            if self._asked and code == -signal.SIGTERM:  # before it had handlers: nothing was begun
+                return SAVED
+        return code
+
+    def stop(self) -> None:
+        if not self._asked:
+            self._asked = True
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        processes.kill_session(self._process.pid)
+        self._process.wait()
+
+
+@LAUNCHERS.add("local")
+@dataclass(frozen=True, kw_only=True)
+class Local(Launcher):
+    """Start one process a rank on this machine.
+
+    Args:
+        devices: processes a stage may use when it gives no `dp`; None = the GPUs here, or what its layout needs.
+        threads: threads a rank computes with; None = cores / ranks.
+    """
+
+    devices: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UsageError(f"`launcher.{name}` is `{value}`; it must be a whole number of at least 1")
+
+    def num_devices(self) -> int | None:
+        return self.devices if self.devices is not None else _num_gpus() or None
+
+    def write_script(self, launch: Launch) -> Path:
+        path = launch.run_dir / "stages" / launch.stage / "launch.sh"
+        exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._threads(launch.world_size).items())
+        text = _SCRIPT.format(
+            stage=_comment(launch.stage),
+            stage_arg=shlex.quote(launch.stage),
+            run_dir=shlex.quote(str(launch.run_dir)),
+            num_ranks=launch.world_size,
+            layout=_comment(launch.layout),
+            cwd=shlex.quote(str(launch.cwd)),
+            exports=exports,
+            python=shlex.quote(launch.python),
+        )
+        write_atomic(path, text)
+        path.chmod(path.stat().st_mode | 0o111)
+        return path
+
+    def start(self, launch: Launch, environ: Mapping[str, str]) -> LocalRanks:
+        logs = launch.attempt_dir / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        threads = self._threads(launch.world_size)
+        ours = {**environ, **threads, fork.PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        # A session of their own: Ctrl-C in a terminal reaches `cpt run` alone, which asks the ranks to save first.
+        with open(logs / "launch.log", "ab") as log:
+            process = subprocess.Popen(
+                [launch.python, "-m", "cpt.worker", "--ranks", str(launch.world_size), str(launch.job)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=launch.cwd,
+                env=ours,
+                start_new_session=True,
+            )
+        return LocalRanks(process)
+
+    def _threads(self, num_ranks: int) -> dict[str, str]:
+        threads = self.threads or fork.num_threads(num_ranks)
+        return dict.fromkeys(fork.THREAD_VARIABLES, str(threads))
+
+
+def _num_gpus() -> int:
+    """NVIDIA GPUs of this machine, without importing torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _comment(text: str) -> str:
+    """Text that stays on the comment line that it is put on."""
+    return "".join(c if c.isprintable() else "?" for c in text)

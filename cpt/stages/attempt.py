@@ -1,0 +1,298 @@
+"""One attempt at a stage: what is found at its start, and what is recorded at its end. The same for every launcher.
+
+    begin   take the stage's lock · check its parent's state · choose the checkpoint to go on from · write job.json
+    (the launcher starts the ranks: python -m cpt.worker job.json)
+    finish  read how the ranks ended · write state.json · give the lock back
+
+`cpt run` calls both; a script calls them as `python -m cpt.stages.attempt begin RUN STAGE` and `... end JOB CODE`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
+from cpt.base.files import read_json, write_json
+from cpt.checkpoint import store
+from cpt.launch import outcome
+from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
+from cpt.stages import STAGES, lock, parents, state
+from cpt.stages.state import State
+
+STOP_FILE = "stop"  # in a run's folder: whoever works on it saves and stops
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt that has begun."""
+
+    plan: RunPlan
+    stage: StagePlan
+    job: Job
+    folder: Path
+    lock: lock.Lock
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.folder.parent
+
+    @property
+    def num_ranks(self) -> int:
+        return STAGES.get(self.stage.kind).num_ranks(self.stage)
+
+
+def read_plan(run_dir: Path) -> RunPlan:
+    """The plan of a run folder.
+
+    Raises:
+        UsageError: it is missing or damaged.
+    """
+    path = run_dir / "plan.json"
+    try:
+        return from_json(RunPlan, read_json(path))
+    except FileNotFoundError:
+        raise UsageError(f"`{run_dir}` is not a run folder: it has no `plan.json`") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"`{path}` cannot be read: {error}") from None
+
+
+def read_job(job_path: Path) -> tuple[RunPlan, Job]:
+    """The plan and the job of a `job.json`."""
+    job = from_json(Job, read_json(job_path))
+    return read_plan(Path(job.run_dir)), job
+
+
+def stage_dir(run_dir: Path, name: str) -> Path:
+    """A stage's folder."""
+    return run_dir / "stages" / name
+
+
+def attempts(folder: Path) -> list[Path]:
+    """The attempts of a stage's folder, oldest first."""
+    found = [(p.name.removeprefix("attempt_"), p) for p in folder.glob("attempt_*")]
+    return [p for number, p in sorted((int(n), p) for n, p in found if n.isdigit())]
+
+
+def begin(run_dir: Path, name: str, holder: lock.Holder) -> Attempt:
+    """Start a new attempt at a stage.
+
+    Raises:
+        UsageError: somebody else works on it, or its parent is not done.
+    """
+    plan = read_plan(run_dir)
+    stage = plan.stages[name]
+    folder = stage_dir(run_dir, name)
+    held, dead = lock.take(folder, holder)
+    try:
+        old = state.read(folder)
+        notes = [f"took over stage `{name}` from {dead.text()}, which is gone"] if dead else []
+        start, parent = parents.resolve(plan, stage, run_dir)
+        resume, skipped = store.newest_whole(folder / "checkpoints")
+        notes += [f"checkpoint `{path}` is passed over: {why}" for path, why in skipped]
+        number = max([old.attempt, *(int(p.name.removeprefix("attempt_")) for p in attempts(folder))]) + 1
+        attempt_dir = folder / f"attempt_{number}"
+        (attempt_dir / "logs").mkdir(parents=True)
+        prepared = read_prepared(run_dir)
+        job = Job(
+            run_dir=str(run_dir),
+            stage=name,
+            attempt=number,
+            start=start,
+            parent=str(parent) if parent else None,
+            resume=str(resume) if resume else None,
+            corpora=prepared["corpora"],
+            tokenizer=prepared["tokenizer"],
+        )
+        write_json(attempt_dir / "job.json", to_json(job))
+        step = int(resume.name.removeprefix("iter_")) if resume else 0
+        state.write(
+            folder,
+            State(status=state.RUNNING, attempt=number, step=step, fingerprint=stage.fingerprint, updated=time.time()),
+        )
+    except BaseException:
+        held.release()
+        raise
+    return Attempt(plan, stage, job, attempt_dir, held, tuple(notes))
+
+
+def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
+    """Record how an attempt ended and give the stage back.
+
+    Args:
+        code: the launcher's exit code.
+        now: it was killed on request, without saving.
+
+    Returns:
+        0, 75, 4 or 1; with 1 there is a `failure.json` in the attempt's folder.
+    """
+    try:
+        if now:
+            code = SAVED
+        elif code not in (DONE, SAVED, GUARD) and not (attempt.folder / "failure.json").exists():
+            code = outcome.conclude(attempt.folder, attempt.num_ranks)
+            code = FAILED if code in (DONE, SAVED, GUARD) else code
+            _explain_lost_parent(attempt)
+        if code == DONE and (missing := parents.missing_result(attempt.stage, attempt.stage_dir)):
+            code = FAILED
+            _write_failure(attempt.folder, "result", f"the ranks ended well, but {missing}")
+        state.write(attempt.stage_dir, _end_state(attempt, code, now))
+    finally:
+        attempt.lock.release()
+    return code
+
+
+def _explain_lost_parent(attempt: Attempt) -> None:
+    """A failure for the case that no rank has one: their parent was killed, or could not start them."""
+    path = attempt.folder / "failure.json"
+    found = read_json(path) if path.exists() else {"kind": "lost"}
+    if found.get("kind") == "lost" and not any((attempt.folder / "ranks").glob("*.json")):
+        log = attempt.folder / "logs" / "launch.log"
+        last = [line for line in _tail(log) if line.strip()]
+        error = last[-1].strip() if last else "the ranks' parent process was killed"
+        _write_failure(attempt.folder, "launch", error, log=str(log))
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        return path.read_bytes()[-4000:].decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _write_failure(folder: Path, kind: str, error: str, **more: Any) -> None:
+    step = outcome.last_step(folder)
+    value = {"rank": None, "step": step, "kind": kind, "error": error, "hints": [], "exit_code": FAILED, **more}
+    write_json(folder / "failure.json", value)
+
+
+def _end_state(attempt: Attempt, code: int, now: bool) -> State:
+    folder, stage = attempt.stage_dir, attempt.stage
+    whole, _ = store.newest_whole(folder / "checkpoints")
+    step = int(whole.name.removeprefix("iter_")) if whole else 0
+    common: dict[str, Any] = {
+        "attempt": attempt.job.attempt,
+        "fingerprint": stage.fingerprint,
+        "updated": time.time(),
+    }
+    if code == DONE:
+        return State(status=state.DONE, step=stage.train.steps if stage.train else None, **common)
+    if code == SAVED:
+        reason = f"stopped at once, goes on from step {step}" if now else f"stopped and saved at step {step}"
+        return State(status=state.SAVED, step=step, reason=reason, **common)
+    if code == GUARD:
+        guard = to_json(stage.train.stop_if) if stage.train and stage.train.stop_if else {}
+        return State(status=state.FAILED, step=step, reason="ended by its guard `stop_if`", guard=guard, **common)
+    failure = read_json(attempt.folder / "failure.json")
+    return State(status=state.FAILED, step=step, reason=str(failure["error"]), **common)
+
+
+def failure_error(attempt_dir: Path, stage: str, command: str) -> CptError:
+    """What a person sees about a failed attempt: stage, step, rank, first error, logs, and the command that goes on."""
+    found = read_json(attempt_dir / "failure.json")
+    where = f" after step {found['step']}" if found.get("step") else " before its first step"
+    rank = f" on rank {found['rank']}" if found.get("rank") is not None else ""
+    log = found.get("log") or str(attempt_dir / "logs")
+    error = StageFailed(
+        f"stage `{stage}` failed{where}{rank}: {found['error']}",
+        *found.get("hints", []),
+        f"the log of that rank is `{log}`, the others lie beside it",
+        f"`{command}` goes on from the newest whole checkpoint",
+    )
+    error.exit_code = int(found.get("exit_code") or FAILED)
+    return error
+
+
+def write_prepared(run_dir: Path, corpora: dict[str, str], tokenizer: str | None) -> None:
+    """Note in the run folder where its prepared data lies, for jobs that start later or elsewhere."""
+    write_json(run_dir / "prepared.json", {"corpora": corpora, "tokenizer": tokenizer})
+
+
+def read_prepared(run_dir: Path) -> dict[str, Any]:
+    """Where a run's prepared data lies: `corpora` by source, `tokenizer`."""
+    try:
+        return dict(read_json(run_dir / "prepared.json"))
+    except FileNotFoundError:
+        raise UsageError(f"`{run_dir}` has no prepared data yet", "`cpt run` prepares it") from None
+
+
+def stop_asked(run_dir: Path) -> bool:
+    """Whether `cpt cancel` has asked for a stop."""
+    return (run_dir / STOP_FILE).exists()
+
+
+def pulse(job_path: Path) -> Callable[[], bool]:
+    """What the ranks' parent does once a second: beat the stage's lock, and say whether a stop was asked for."""
+    folder = job_path.parent.parent
+    run_dir = folder.parent.parent
+
+    def tick() -> bool:
+        lock.beat(folder / lock.NAME)
+        return stop_asked(run_dir)
+
+    return tick
+
+
+def main(arguments: list[str]) -> int:
+    """`begin RUN STAGE --holder PID` prints the job's path; `end JOB CODE` records the end and gives the exit code."""
+    try:
+        if len(arguments) == 5 and arguments[0] == "begin" and arguments[3] == "--holder":
+            return _main_begin(Path(arguments[1]), arguments[2], int(arguments[4]))
+        if len(arguments) == 3 and arguments[0] == "end":
+            return _main_end(Path(arguments[1]), int(arguments[2]))
+    except CptError as error:
+        sys.stderr.write(f"error: {error.message}\n" + "".join(f"hint: {hint}\n" for hint in error.hints))
+        return error.exit_code
+    sys.stderr.write("usage: python -m cpt.stages.attempt begin RUN STAGE --holder PID | end JOB.json CODE\n")
+    return 2
+
+
+def _main_begin(run_dir: Path, name: str, holder_pid: int) -> int:
+    if name not in read_plan(run_dir).stages:
+        raise UsageError(f"the run has no stage `{name}`")
+    if state.read(stage_dir(run_dir, name)).status == state.DONE:
+        sys.stderr.write(f"note: stage `{name}` is done already\n")
+        return 0
+    attempt = begin(run_dir, name, lock.holder_of(holder_pid, f"launch script of `{name}`"))
+    for text in attempt.notes:
+        sys.stderr.write(f"note: {text}\n")
+    sys.stdout.write(f"{attempt.folder / 'job.json'}\n")
+    return 0
+
+
+def _main_end(job_path: Path, code: int) -> int:
+    plan, job = read_job(job_path)
+    folder = job_path.parent.parent
+    holder = lock.read_holder(folder)
+    if holder is None or holder.pid not in (os.getpid(), os.getppid()):
+        raise UsageError(f"the lock of `{folder}` was taken over meanwhile; nothing is recorded")
+    attempt = Attempt(plan, plan.stages[job.stage], job, job_path.parent, lock.Lock(folder, holder))
+    code = finish(attempt, code)
+    if code not in (DONE, SAVED, GUARD):
+        raise failure_error(attempt.folder, job.stage, str(folder / "launch.sh"))
+    sys.stderr.write(f"note: stage `{job.stage}`: {state.read(folder).status}\n")
+    return code
+
+
+def with_reference(old: State, fingerprint: str, reference: Path, reason: str) -> State:
+    """The state of a stage whose result is taken from another run."""
+    return dataclasses.replace(
+        old,
+        status=state.DONE,
+        fingerprint=fingerprint,
+        reference=str(reference),
+        step=state.read(reference).step,
+        reason=reason,
+        updated=time.time(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

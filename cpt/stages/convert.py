@@ -1,0 +1,108 @@
+"""A stage that turns its parent into another format: a Hugging Face folder out, or one in.
+
+{kind: convert, from: anneal, to: hf}        stages/<stage>/hf: for AutoModelForCausalLM and AutoTokenizer
+{kind: convert, from: base, to: native}      stages/<stage>/checkpoints/iter_0000000
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.base.errors import DONE, UsageError
+from cpt.base.events import EventLog
+from cpt.base.files import fsync_folder
+from cpt.plan.types import Job, RunPlan
+from cpt.stages import STAGES, StageKind
+
+FORMATS = ("hf", "native")
+
+
+@STAGES.add("convert")
+@dataclass(frozen=True, kw_only=True)
+class Convert(StageKind):
+    """Write the parent checkpoint in another format.
+
+    Args:
+        to: `hf` or `native`.
+        dtype: `fp32`, `bf16` or `fp16` for a Hugging Face folder; `auto` is that of the base, or fp32.
+    """
+
+    to: str = "hf"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        from cpt.base.registry import unknown
+
+        if self.to not in FORMATS:
+            raise unknown("format", self.to, FORMATS)
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise unknown("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+
+    @classmethod
+    def work(cls, plan: RunPlan, job: Job) -> int:
+        """Convert on one rank. The result appears whole or not at all."""
+        stage = plan.stages[job.stage]
+        options = cls(**stage.options)
+        stage_dir = Path(job.run_dir) / "stages" / job.stage
+        log = EventLog(stage_dir / f"attempt_{job.attempt}" / "events.jsonl")
+        start = log.clock()
+        log.write(
+            "stage_start", stage=job.stage, attempt=job.attempt, step=0, steps=0, parent=job.parent, resumed=False
+        )
+        if job.parent is None:
+            raise UsageError(f"stage `{job.stage}` has nothing to convert: the run starts from scratch")
+        to_hf = options.to == "hf"
+        path = _to_hf(plan, job, stage_dir, options.dtype) if to_hf else _to_native(plan, job, stage_dir)
+        log.write("save", step=0, path=str(path), seconds=round(log.clock() - start, 3), phase="end")
+        log.write("stage_end", step=0, tokens=0, seconds=round(log.clock() - start, 3))
+        return DONE
+
+
+def _to_hf(plan: RunPlan, job: Job, stage_dir: Path, dtype: str) -> Path:
+    target, half_done = stage_dir / "hf", stage_dir / ".hf.writing"
+    shutil.rmtree(half_done, ignore_errors=True)
+    assert job.parent is not None
+    if job.start == "hf":
+        shutil.copytree(job.parent, half_done)
+    else:
+        from cpt.checkpoint import export
+
+        export.to_hf(job.parent, half_done, dtype=dtype, tokenizer=job.tokenizer)
+    if target.exists():  # of an earlier attempt that was killed just before it was recorded
+        shutil.rmtree(target)
+    os.rename(half_done, target)
+    fsync_folder(stage_dir)
+    return target
+
+
+def _to_native(plan: RunPlan, job: Job, stage_dir: Path) -> Path:
+    from cpt.checkpoint import hf
+    from cpt.checkpoint.manifest import Origin
+    from cpt.checkpoint.store import StageStore
+    from cpt.engine import distributed, megatron
+    from cpt.engine.ports import Progress
+    from cpt.plan.types import Parallel, Saving
+
+    if job.start != "hf":
+        raise UsageError(f"stage `{job.stage}` converts to native, but `{job.parent}` is native already")
+    assert plan.model is not None and job.parent is not None
+    layout = Parallel(distributed_optimizer=False)
+    distributed.init(layout, int(os.environ.get("RANK", "0")), 1)
+    try:
+        engine = megatron.build(plan.model, layout, precision="fp32", optimizer=None, seed=0)
+        hf.load(engine, job.parent)
+        origin = Origin(
+            stage=job.stage,
+            fingerprint=plan.stages[job.stage].fingerprint,
+            plan_id=plan.id,
+            tokenizer_hash=plan.tokenizer.hash,
+            parent={"path": job.parent, "identity": plan.base.identity},
+            attempt=job.attempt,
+        )
+        saver = StageStore(stage_dir, Saving(), origin=origin)
+        return saver.save(engine, Progress(), phase="end")
+    finally:
+        distributed.shutdown()

@@ -1,0 +1,94 @@
+"""Which checkpoint a stage starts from, and whether a stage has left what its children need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt.base.errors import UsageError
+from cpt.checkpoint import manifest, store
+from cpt.plan.types import RunPlan, StagePlan
+from cpt.stages import state
+
+
+def resolve(plan: RunPlan, stage: StagePlan, run_dir: Path) -> tuple[str, Path | None]:
+    """What a stage starts from: (`scratch` | `hf` | `native`, folder).
+
+    Raises:
+        UsageError: the parent stage is not done, or what it left is gone.
+    """
+    parent = stage.parent
+    if parent is None:
+        return "scratch", None
+    if parent == "base":
+        if plan.base.kind == "scratch" or plan.base.path is None:
+            return "scratch", None
+        return _folder(Path(plan.base.path), stage.parent_at)
+    if parent in plan.stages:
+        return _of_stage(plan, stage, plan.stages[parent], run_dir)
+    return _folder(Path(parent), stage.parent_at)
+
+
+def _of_stage(plan: RunPlan, stage: StagePlan, parent: StagePlan, run_dir: Path) -> tuple[str, Path | None]:
+    own = run_dir / "stages" / parent.name
+    found = state.read(own)
+    if found.status != state.DONE:
+        raise UsageError(f"stage `{stage.name}` starts from `{parent.name}`, which is {found.status}, not done")
+    folder = state.home(own)
+    if parent.kind == "evaluate":  # it measures what it was given and gives that on
+        return resolve(plan, parent, run_dir)
+    if missing := missing_result(parent, folder):
+        raise UsageError(f"stage `{stage.name}` starts from `{parent.name}`, but {missing}")
+    if parent.kind == "convert" and parent.options.get("to", "hf") == "hf":
+        return "hf", folder / "hf"
+    step = fork_step(parent, stage.parent_at)
+    if step is None:
+        newest, _ = store.newest_whole(folder / "checkpoints")
+        return "native", newest
+    fork = folder / "checkpoints" / store.folder_name(step)
+    if why := manifest.why_not_whole(fork):
+        steps = ", ".join(f"{n:,}" for n, path in store.steps(folder / "checkpoints") if store.is_whole(path))
+        raise UsageError(
+            f"stage `{stage.name}` starts from `{parent.name}@{stage.parent_at}`, but `{fork}` cannot be used: {why}",
+            f"whole checkpoints of `{parent.name}` are at steps {steps or 'none'}",
+        )
+    return "native", fork
+
+
+def fork_step(parent: StagePlan, at: int | str | None) -> int | None:
+    """The step of a parent at which a child starts; None = its end."""
+    if at == "pre_anneal":
+        from cpt.schedules.join import pre_anneal_step
+
+        step = pre_anneal_step(parent.train.lr, parent.train.steps) if parent.train else None
+        if step is None:
+            raise UsageError(f"stage `{parent.name}` has no anneal that a stage could start before")
+        return step
+    return int(at) if at is not None else None
+
+
+def _folder(path: Path, at: int | str | None) -> tuple[str, Path]:
+    """A checkpoint folder that the person named."""
+    if (path / "config.json").is_file() and not (path / manifest.NAME).is_file():
+        return "hf", path
+    if isinstance(at, int):
+        for folder in store.checkpoint_folders(path):
+            if store.is_whole(folder / store.folder_name(at)):
+                return "native", folder / store.folder_name(at)
+        raise UsageError(f"`{path}` has no whole checkpoint of step {at:,}")
+    return "native", store.resolve(path)
+
+
+def missing_result(stage: StagePlan, stage_dir: Path) -> str | None:
+    """What a stage should have left in its folder and has not; None when all is there."""
+    if stage.train is not None:
+        newest, _ = store.newest_whole(stage_dir / "checkpoints")
+        if newest is None:
+            return f"there is no whole checkpoint in `{stage_dir / 'checkpoints'}`"
+        found = manifest.read(newest)
+        if found.phase != "end":
+            return f"its newest whole checkpoint `{newest}` is of step {found.step:,}, not of its end"
+    elif stage.kind == "convert":
+        name = "hf/config.json" if stage.options.get("to", "hf") == "hf" else "checkpoints"
+        if not (stage_dir / name).exists():
+            return f"`{stage_dir / name}` is missing"
+    return None

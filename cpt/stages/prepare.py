@@ -1,0 +1,80 @@
+"""What a run needs before its final plan can be made: a tokenizer and the tokenised corpora.
+
+Both go into the cache under their own identity, so that other runs find them; a second call finds everything done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt.base.errors import PlanError
+from cpt.launch.processes import num_cores
+from cpt.plan.types import RunPlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where the prepared data of a run lies: corpus folder by source, `tokenizer.json`."""
+
+    corpora: dict[str, str]
+    tokenizer: str | None
+
+
+def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = None) -> Prepared:
+    """Train the tokenizer if the run asks for one, and tokenise every source that a stage uses.
+
+    Args:
+        plan: may still hold estimates.
+        report: called as `report(kind, **fields)` with the events of `base.events`.
+        workers: processes to tokenise with; None = the cores of this machine.
+    """
+    from cpt.data import prepare as corpora
+
+    names = used_sources(plan)
+    if not names:
+        return Prepared({}, plan.tokenizer.path)
+    workers = workers or num_cores()
+    tokenizer = tokenizer_of(plan, report)
+    folders = {}
+    for name in names:
+        start = time.monotonic()
+
+        def progress(*_: Any, source: str = name, **fields: Any) -> None:
+            report("data", source=source, **fields)
+
+        corpus = corpora.prepare(plan.sources[name], tokenizer, plan.data, plan.cache, workers, progress)
+        folders[name] = str(corpus.folder)
+        report("data", source=name, tokens=corpus.facts.tokens, seconds=round(time.monotonic() - start, 3), done=True)
+    return Prepared(folders, str(tokenizer))
+
+
+def used_sources(plan: RunPlan) -> list[str]:
+    """The sources that some stage reads, in the recipe's order."""
+    used: set[str] = set()
+    for stage in plan.stages.values():
+        used |= set(stage.options.get("sources", ()))
+        if stage.train is not None:
+            used |= set(stage.train.mixture) | set(stage.train.evaluate.sources)
+            used |= set(stage.train.replay.sources) if stage.train.replay else set()
+            used |= {stage.train.stop_if.source} if stage.train.stop_if else set()
+    return [name for name in plan.sources if name in used]
+
+
+def tokenizer_of(plan: RunPlan, report: Callable[..., None]) -> Path:
+    """The run's `tokenizer.json`, trained first when the recipe asks for that."""
+    if plan.tokenizer.path is not None:
+        return Path(plan.tokenizer.path)
+    from cpt.data import tokenizer
+
+    if not plan.tokenizer.train_on or plan.tokenizer.vocab_size is None:
+        raise PlanError("the run has no tokenizer", "set `tokenizer` to a `tokenizer.json`, or `tokenizer.train_on`")
+    sources = [plan.sources[name] for name in plan.tokenizer.train_on]
+    report(
+        "note",
+        text=f"training a tokenizer of {plan.tokenizer.vocab_size:,} tokens on {', '.join(s.name for s in sources)}",
+    )
+    return Path(tokenizer.train(sources, plan.tokenizer.vocab_size, plan.cache))

@@ -1,0 +1,104 @@
+"""What each rank runs: reads the plan and its job, does the stage's work, leaves a record of how it ended.
+
+    python -m cpt.worker JOB.json               one rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
+                                                in the environment, as torchrun sets them
+    python -m cpt.worker --ranks 4 JOB.json     all ranks of one machine, forked by one parent (see `launch.fork`)
+
+Exit codes: 0 done · 75 saved, more to do · 4 a `stop_if` guard ended it · else failed. Nothing heavy is imported at the
+top: helper processes of a save import this file again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cpt.launch import processes
+
+if __name__ == "__mp_main__":  # a helper process that `multiprocessing` spawned from a rank
+    processes.die_with_parent(os.getppid())
+
+# What torch and Megatron-core say at import about packages that this machine need not have; `cpt doctor` tells it once.
+_QUIET = ("Apex", "apex", "Transformer Engine", "transformer_engine", "Triton", "flash")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank, or the parent of `--ranks N`."""
+    num_ranks: int | None = None
+    if arguments[:1] == ["--ranks"]:
+        num_ranks, arguments = int(arguments[1]), arguments[2:]
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m cpt.worker [--ranks N] JOB.json\n")
+        return 2
+    job = Path(arguments[0])
+    if num_ranks is None:
+        return _take_leave(rank_main(job))
+    return parent_main(num_ranks, job)
+
+
+def parent_main(num_ranks: int, job_path: Path) -> int:
+    """Fork the ranks of one machine and wait for them."""
+    from cpt.launch.fork import run_ranks
+    from cpt.stages import STAGES
+    from cpt.stages.attempt import pulse, read_job
+
+    plan, job = read_job(job_path)
+    _filter_warnings()
+    kind = STAGES.get(plan.stages[job.stage].kind)
+    return run_ranks(num_ranks, job_path.parent, lambda: rank_main(job_path), kind.modules, pulse(job_path))
+
+
+def rank_main(job_path: Path) -> int:
+    """One rank's work from start to end; its exit code. Never raises: the error is in the record and in the log."""
+    import faulthandler
+
+    from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError
+    from cpt.launch.outcome import write_record
+    from cpt.stages import STAGES
+    from cpt.stages.attempt import read_job
+
+    faulthandler.enable()
+    processes.bind_children()
+    rank = int(os.environ.get("RANK", "0"))
+    failure: dict[str, Any] | None = None
+    try:
+        _filter_warnings()
+        plan, job = read_job(job_path)
+        code = int(STAGES.get(plan.stages[job.stage].kind).work(plan, job))
+        if code not in (DONE, SAVED, GUARD):
+            failure = {"kind": "exit", "error": f"ended with exit code {code}"}
+    except BaseException as error:
+        stopped = isinstance(error, CptError) and error.exit_code in (SAVED, GUARD)
+        code = error.exit_code if stopped else FAILED  # type: ignore[attr-defined]
+        if not stopped:
+            import traceback
+
+            from cpt.launch.explain import explain
+
+            traceback.print_exc()
+            failure = explain(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    write_record(job_path.parent, rank, code, failure)
+    return code
+
+
+def _filter_warnings() -> None:
+    import warnings
+
+    for word in _QUIET:
+        warnings.filterwarnings("ignore", message=f".*{word}.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\..*")
+
+
+def _take_leave(code: int) -> int:
+    """End now: exit handlers of the libraries would wait for helpers that may hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
