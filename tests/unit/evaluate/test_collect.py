@@ -1,0 +1,95 @@
+"""From a run folder's events to what was gained and forgotten."""
+
+import pytest
+
+from cpt.base.files import read_json
+from cpt.evaluate import account, measurements
+from cpt.evaluate.collect import chain_of
+from cpt.plan.types import RunPlan, from_json
+from tests import made_run
+from tests.made_run import loss_of
+
+
+def read(run):
+    plan = from_json(RunPlan, read_json(run / "plan.json"))
+    return plan, {name: run / "stages" / name for name in plan.stages}
+
+
+def test_a_run_from_scratch_is_compared_with_the_end_of_its_first_stage(tmp_path):
+    result = account(*read(made_run.make(tmp_path)))
+    assert result.chain == ("base", "domain", "anneal")
+    assert [row.label for row in result.rows] == ["start", "base", "domain", "anneal"]
+    assert result.before == "the end of `base`"
+    general, medical = result.changes
+    assert general.role == "replayed" and medical.role == "new"
+    assert medical.nats == pytest.approx(loss_of("anneal", 1, 1) - loss_of("base", 1, 1))
+    assert medical.verdict == "gained" and general.verdict == "unchanged"
+    assert result.matrix is not None and result.matrix.stages == ("domain", "anneal")
+    assert dict(result.matrix.learned) == {"general": 0, "medical": 1}
+
+
+def test_the_medical_loss_after_domain_is_in_the_matrix(tmp_path):
+    matrix = account(*read(made_run.make(tmp_path))).matrix
+    assert matrix.column("medical")[1] == -loss_of("domain", 1, 1)
+    assert matrix.backward_transfer().value == pytest.approx(loss_of("domain", 1, 1) - loss_of("anneal", 1, 1))
+
+
+def test_a_stability_gap_is_found_in_the_stage_that_has_one(tmp_path):
+    gaps = account(*read(made_run.make(tmp_path))).gaps
+    assert gaps["domain"]["general"].is_gap
+    assert not gaps["domain"]["medical"].is_gap
+    assert gaps["domain"]["general"].depth == pytest.approx(loss_of("domain", 0, 20 / 120) - loss_of("domain", 0, 0))
+
+
+def test_an_unfinished_run_gives_what_it_has(tmp_path):
+    result = account(*read(made_run.make(tmp_path, until=("domain", 45))))
+    assert [row.label for row in result.rows] == ["start", "base", "domain so far"]
+    assert len(result.changes) == 2 and result.matrix is not None
+    early = account(*read(made_run.make(tmp_path / "early", until=("base", 5))))
+    assert early.changes == () and early.matrix is None and early.problem
+
+
+def test_a_run_that_never_measured_says_so(tmp_path):
+    plan, homes = read(made_run.make(tmp_path))
+    result = account(plan, {name: tmp_path / "nowhere" for name in homes})
+    assert result.problem == "nothing has been measured yet" and not result.rows
+
+
+def test_a_start_that_was_not_measured_leaves_no_matrix(tmp_path):
+    run = made_run.make(tmp_path)
+    events = run / "stages" / "base" / "attempt_1" / "events.jsonl"
+    events.write_text("".join(x for x in events.read_text().splitlines(True) if '"when": "start"' not in x))
+    plan, homes = read(run)
+    made_base = account(plan, homes)
+    assert made_base.before == "the end of `base`" and made_base.matrix is not None
+    from dataclasses import replace
+
+    given = replace(plan, base=replace(plan.base, kind="hf", path="/models/base"))
+    result = account(given, homes)
+    assert result.matrix is None and "start was not measured" in result.problem
+
+
+def test_a_fork_before_the_parents_anneal_is_compared_with_that_step(tmp_path):
+    from dataclasses import replace
+
+    plan, homes = read(made_run.make(tmp_path))
+    forked = replace(plan.stages["domain"], parent_at=100)
+    result = account(replace(plan, stages={**plan.stages, "domain": forked}), homes)
+    assert result.rows[1].losses["general"].loss == loss_of("base", 0, 100 / 150)
+    assert not result.rows[1].provisional
+
+
+def test_a_damaged_measurement_is_passed_over():
+    good = {"kind": "eval", "step": 2, "tokens": 9, "when": "during", "losses": {"a": {"loss": 1.0}}}
+    bad = [
+        {"kind": "eval", "step": 1},
+        {"kind": "eval", "step": 1, "losses": []},
+        {"kind": "eval", "step": 3, "losses": {"a": {"loss": None}, "b": 3}},
+    ]
+    found = measurements([*bad, good, good])
+    assert [(m.step, set(m.losses)) for m in found] == [(2, {"a"}), (3, set())]
+
+
+def test_the_chain_leaves_out_what_only_measures_or_converts(tmp_path):
+    plan, _ = read(made_run.make(tmp_path))
+    assert chain_of(plan, "export") == ("base", "domain", "anneal")
