@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cpt.base.errors import PlanError
 from cpt.launch.processes import num_cores
 from cpt.plan.types import RunPlan
+
+if TYPE_CHECKING:
+    from cpt.data.prepare import Preparing
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,34 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
     folders = {}
     for name in names:
         start = time.monotonic()
-
-        def progress(*_: Any, source: str = name, **fields: Any) -> None:
-            report("data", source=source, **fields)
-
-        corpus = corpora.prepare(plan.sources[name], tokenizer, plan.data, plan.cache, workers, progress)
+        corpus = corpora.prepare(plan.sources[name], tokenizer, plan.data, plan.cache, workers, _told(report))
         folders[name] = str(corpus.folder)
         report("data", source=name, tokens=corpus.facts.tokens, seconds=round(time.monotonic() - start, 3), done=True)
     return Prepared(folders, str(tokenizer))
+
+
+def _told(report: Callable[..., None]) -> Callable[[Preparing], None]:
+    """Progress of one source as events, at most two a second; each note once."""
+    last = [0.0]
+    notes: set[str] = set()
+
+    def tell(now: Preparing) -> None:
+        if now.note and now.note not in notes:
+            notes.add(now.note)
+            report("note", text=f"source `{now.source}`: {now.note}")
+        if time.monotonic() - last[0] > 0.5:
+            last[0] = time.monotonic()
+            report(
+                "data",
+                source=now.source,
+                tokens=now.tokens,
+                documents=now.documents,
+                bytes=now.bytes,
+                total_bytes=now.total_bytes,
+                done=False,
+            )
+
+    return tell
 
 
 def used_sources(plan: RunPlan) -> list[str]:

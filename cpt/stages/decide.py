@@ -1,0 +1,126 @@
+"""What is done about each stage of a run, and why: pure rules over what was found on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt.plan.types import StagePlan, to_json
+from cpt.stages import state
+from cpt.stages.state import State
+
+KEEP, REUSE, RUN, REFUSE = "keep", "reuse", "run", "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What lies in a stage's folder.
+
+    Args:
+        missing: what a finished stage should have left and has not; None when all is there.
+        step: step of the newest whole checkpoint; None when there is none.
+        alike: stage folder of another run that is finished with an equal fingerprint.
+        changed: how the stage differs from its last run, e.g. "`mixture.web` 0.3 → 0.4".
+        than: the run that `changed` compares with, when it is not this one.
+    """
+
+    state: State
+    missing: str | None = None
+    step: int | None = None
+    alike: Path | None = None
+    changed: Sequence[str] = ()
+    than: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is done about one stage. `why` completes the sentence "stage `x`: ..."."""
+
+    stage: str
+    action: str  # keep | reuse | run | refuse
+    why: str
+    reference: Path | None = None
+
+
+def decide(stage: StagePlan, found: Found, parent: Decision | None = None) -> Decision:
+    """The decision for one stage, given that of its parent stage."""
+
+    def give(action: str, why: str, reference: Path | None = None) -> Decision:
+        return Decision(stage=stage.name, action=action, why=why, reference=reference)
+
+    old = found.state
+    same = old.fingerprint == stage.fingerprint
+    if old.status == state.DONE and same and found.missing is None:
+        return give(KEEP, f"done, taken from `{old.reference}`" if old.reference else "done")
+    if found.alike is not None and found.step is None:
+        return give(REUSE, f"done with the same plan in `{_run_of(found.alike)}`", found.alike)
+    if old.status == state.DONE and not same:
+        return give(REFUSE, f"is done under another plan: {_list(found.changed) or 'its fingerprint differs'}")
+    if old.status == state.DONE:
+        return give(RUN, f"its result is gone: {found.missing}")
+    if old.guard is not None and same and stage.train is not None and _guard(stage) == dict(old.guard):
+        return give(REFUSE, "was ended by its guard `stop_if`, and neither the guard nor the stage has changed")
+    why = _why_unfinished(stage, found, parent)
+    return give(RUN, why)
+
+
+def _guard(stage: StagePlan) -> dict[str, Any]:
+    value = to_json(stage.train.stop_if) if stage.train and stage.train.stop_if else {}
+    return dict(value)
+
+
+def _why_unfinished(stage: StagePlan, found: Found, parent: Decision | None) -> str:
+    old = found.state
+    of = f" of {stage.train.steps:,}" if stage.train else ""
+    goes_on = f", goes on from step {found.step:,}{of}" if found.step else ", starts again: nothing was saved yet"
+    if old.status == state.PENDING and found.step is None:
+        if found.than and found.changed:
+            return f"never ran; differs from run `{found.than}`: {_list(found.changed)}"
+        if found.than and parent is not None and parent.action == RUN:
+            return f"never ran; its parent `{parent.stage}` changed against run `{found.than}`"
+        return "never ran"
+    changed = f"; changed since: {_list(found.changed)}" if found.changed else ""
+    if old.status == state.SAVED:
+        return f"was stopped{goes_on}{changed}"
+    if old.status == state.FAILED:
+        return f"failed ({old.reason}){goes_on}{changed}"
+    return f"was cut off{goes_on}{changed}"
+
+
+def _list(changes: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(changes[:most])
+    return shown + (f" and {len(changes) - most} more" if len(changes) > most else "")
+
+
+def _run_of(stage_dir: Path) -> str:
+    return stage_dir.parent.parent.name
+
+
+def stage_changes(old: StagePlan, new: StagePlan) -> list[str]:
+    """How two versions of a stage differ in what changes a result, value by value."""
+    skipped = {"fingerprint", "keep_steps", "parallel", "saving", "evaluate", "log_every", "name"}
+    before, after = _flat(to_json(old), skipped), _flat(to_json(new), skipped)
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            shown = key.removeprefix("train.")
+            found.append(f"`{shown}` {_show(before.get(key))} → {_show(after.get(key))}")
+    return found
+
+
+def _flat(value: Any, skipped: set[str], prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key not in skipped:
+            found |= _flat(inner, skipped, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

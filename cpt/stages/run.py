@@ -1,0 +1,415 @@
+"""One run from start to end: prepare data, make the final plan, then every stage that is not done, in order.
+
+    build() ─▶ prepare tokenizer and corpora ─▶ build() again: the plan by content hashes ─▶ run folder, lock
+        ─▶ for each stage: decide (keep, re-use, run, refuse) ─▶ attempt ─▶ ranks ─▶ state
+
+A second call does only what is not done, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpt.base.errors import DONE, GUARD, SAVED, CptError, GuardStop, StoppedAndSaved, UsageError
+from cpt.base.events import Event
+from cpt.base.files import read_json, write_json
+from cpt.launch import LAUNCHERS, Launch, Launcher
+from cpt.plan.types import RunPlan, StagePlan
+from cpt.stages import attempt as attempts
+from cpt.stages import decide, lock, parents, record, reuse, state
+from cpt.stages.decide import Decision
+from cpt.stages.follow import Stop, follow
+from cpt.stages.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the command behaves, apart from what the recipe says.
+
+    Args:
+        command: as typed, for records and for the hint that goes on.
+        cwd: where it was typed.
+        environ: the environment that ranks get.
+        fresh: start again in a new folder.
+        accept_changes: go on with unfinished stages under a changed plan.
+    """
+
+    command: Sequence[str]
+    cwd: Path
+    environ: Mapping[str, str]
+    fresh: bool = False
+    accept_changes: bool = False
+    clock: Callable[[], float] = time.time
+
+
+@dataclass
+class Result:
+    """How a run ended. `error` is what the command ends with, None when everything is done."""
+
+    run_dir: Path
+    plan: RunPlan
+    decisions: list[Decision] = field(default_factory=list)
+    error: CptError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return self.error.exit_code if self.error else DONE
+
+
+def run(
+    build: Callable[[], RunPlan],
+    settings: Settings,
+    tell: Callable[[Event], None],
+    started: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """Do what is not done yet.
+
+    Args:
+        build: makes the plan from the recipe; called again once data is prepared.
+        tell: takes every event: the run's own, and those of stages with `stage` added. Its errors never stop a run.
+        started: called once the run folder is known and locked.
+
+    Raises:
+        CptError: before anything ran: wrong input, a folder that holds another plan, a lock that is held.
+    """
+    with Stop() as stop:
+        diary = _Diary(settings, tell)
+        try:
+            plan, prepared = _prepare(build, diary)
+        except KeyboardInterrupt:
+            raise StoppedAndSaved(
+                "stopped while preparing data", f"`{shlex.join(settings.command)}` goes on with what is missing"
+            ) from None
+        plan, run_dir = choose_folder(plan, settings)
+        held, dead = lock.take(run_dir, lock.holder_of(os.getpid(), shlex.join(settings.command)))
+        stop.gentle = True
+        try:
+            # Looked at again under the lock: another process may have made the folder meanwhile.
+            _refuse_other_plan(plan, run_dir, settings)
+            (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+            environment = record.environment(settings.cwd, settings.environ, settings.clock())
+            changes = reuse.changes_by_stage(plan, run_dir)
+            _write_records(plan, run_dir, prepared, settings, environment)
+            diary.open(run_dir)
+            diary.write("run_start", command=shlex.join(settings.command), plan_id=plan.id, run=str(run_dir))
+            if dead is not None:
+                diary.note(f"took over the run from {dead.text()}, which is gone")
+            result = Result(run_dir, plan)
+            started(result)
+            try:
+                _Stages(result, settings, diary, stop, held, environment, changes).all()
+            except CptError as error:
+                result.error = error
+            diary.write("run_end", exit_code=result.exit_code, reason=result.error.message if result.error else "done")
+            return result
+        finally:
+            (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+            held.release()
+
+
+def _prepare(build: Callable[[], RunPlan], diary: _Diary) -> tuple[RunPlan, Prepared]:
+    prepared = prepare(build(), diary.write)
+    plan = build()
+    unpinned = [n for n, s in plan.sources.items() if n in prepared.corpora and (s.facts is None or s.facts.estimated)]
+    assert not unpinned, f"prepared sources are not known to the plan: {unpinned}"
+    return plan, prepared
+
+
+def choose_folder(plan: RunPlan, settings: Settings) -> tuple[RunPlan, Path]:
+    """The run folder of a plan; with `fresh` a new one, numbered.
+
+    Raises:
+        UsageError: the folder holds another plan and `accept_changes` is not set, or is no run folder at all.
+    """
+    folder = Path(plan.runs) / plan.name
+    if settings.fresh and folder.exists():
+        number = 2
+        while (Path(plan.runs) / f"{plan.name}-{number}").exists():
+            number += 1
+        plan = dataclasses.replace(plan, name=f"{plan.name}-{number}")
+        return plan, Path(plan.runs) / plan.name
+    if folder.exists() and not (folder / "plan.json").exists():
+        foreign = [p.name for p in folder.iterdir() if p.name not in (lock.NAME, f".{lock.NAME}")]
+        if foreign:
+            raise UsageError(f"`{folder}` exists and is not a run folder", "choose another `name`")
+    _refuse_other_plan(plan, folder, settings)
+    return plan, folder
+
+
+def _refuse_other_plan(plan: RunPlan, run_dir: Path, settings: Settings) -> None:
+    """The folder's finished stages must agree with the plan, and its unfinished ones unless changes are accepted."""
+    if not (run_dir / "plan.json").exists():
+        return
+    old = attempts.read_plan(run_dir)
+    if old.id == plan.id:
+        return
+    changes = reuse.plan_changes(old, plan)
+    done = [n for n in old.stages if state.read(attempts.stage_dir(run_dir, n)).status == state.DONE]
+    broken = [n for n in done if n not in plan.stages or plan.stages[n].fingerprint != old.stages[n].fingerprint]
+    if broken:
+        raise UsageError(
+            f"`{run_dir}` holds another plan, under which {_names(broken)} finished",
+            *changes,
+            "choose another `name`, or `--fresh` to start again in a new folder",
+        )
+    if not settings.accept_changes:
+        raise UsageError(
+            f"`{run_dir}` holds another plan",
+            *changes,
+            "`--accept-changes` goes on with the new one in unfinished stages, `--fresh` starts again in a new folder",
+        )
+
+
+def _names(names: Sequence[str]) -> str:
+    return ("stage " if len(names) == 1 else "stages ") + ", ".join(f"`{n}`" for n in names)
+
+
+def _write_records(
+    plan: RunPlan, run_dir: Path, prepared: Prepared, settings: Settings, environment: Mapping[str, Any]
+) -> None:
+    record.write_plan(run_dir, plan)
+    record.write_command(run_dir, settings.command, settings.clock())
+    record.write_environment(run_dir, environment)
+    attempts.write_prepared(run_dir, prepared.corpora, prepared.tokenizer)
+
+
+def launcher_of(plan: RunPlan) -> Launcher:
+    """The launcher that a plan names, with its options."""
+    options = dict(plan.launcher)
+    name = options.pop("launcher", None) or options.pop("kind", None) or options.pop("name", None) or "local"
+    return LAUNCHERS.get(str(name))(**options)
+
+
+class _Diary:
+    """The run's own events: to the display at once, to `events.jsonl` as soon as there is a run folder."""
+
+    def __init__(self, settings: Settings, tell: Callable[[Event], None]) -> None:
+        self._clock = settings.clock
+        self._tell = tell
+        self._run_dir: Path | None = None
+        self._early: list[Event] = []
+
+    def open(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        for event in self._early:
+            record.write_event(run_dir, event)
+        self._early.clear()
+
+    def write(self, kind: str, **fields: Any) -> None:
+        event: Event = {"t": round(self._clock(), 3), "kind": kind, **fields}
+        if self._run_dir is not None:
+            record.write_event(self._run_dir, event)
+        elif kind != "data" or fields.get("done"):  # progress of a preparation is for the display alone
+            self._early.append(event)
+        self.tell(event)
+
+    def note(self, text: str) -> None:
+        self.write("note", text=text)
+
+    def tell(self, event: Event) -> None:
+        """Show an event. A display that fails (a closed terminal) is left alone: the run goes on."""
+        try:
+            self._tell(event)
+        except Exception as error:
+            self._tell = lambda event: None
+            if self._run_dir is not None:
+                text = f"the display failed and is off: {type(error).__name__}: {error}"
+                record.write_event(self._run_dir, {"t": round(self._clock(), 3), "kind": "warning", "text": text})
+
+
+class _Stages:
+    """The stages of one run, one after the other."""
+
+    def __init__(
+        self,
+        result: Result,
+        settings: Settings,
+        diary: _Diary,
+        stop: Stop,
+        held: lock.Lock,
+        environment: Mapping[str, Any],
+        changes: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.result = result
+        self.plan, self.run_dir = result.plan, result.run_dir
+        self.settings, self.diary, self.stop, self.held = settings, diary, stop, held
+        self.environment = environment
+        self.changes = changes
+        self.launcher = launcher_of(self.plan)
+        self.again = shlex.join(settings.command)
+        self.latest: dict[str, Any] = {
+            "run": self.plan.name,
+            "plan_id": self.plan.id,
+            "status": "running",
+            "reason": "",
+            "stage": None,
+            "attempt": None,
+            "stages": {},
+            "step": None,
+        }
+        self._written = 0.0
+
+    def all(self) -> None:
+        """Raises a `CptError` for every end but "all done"."""
+        try:
+            for stage in self.plan.stages.values():
+                self._one(stage)
+        except CptError as error:
+            self._snapshot(status={SAVED: "saved", GUARD: "guard"}.get(error.exit_code, "failed"), reason=error.message)
+            raise
+        except BaseException as error:
+            self._snapshot(status="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        self._snapshot(status="done")
+
+    def _one(self, stage: StagePlan) -> None:
+        folder = attempts.stage_dir(self.run_dir, stage.name)
+        decision = self._decide(stage, folder)
+        self.result.decisions.append(decision)
+        if decision.action == decide.REFUSE:
+            raise self._refusal(stage, decision)
+        if decision.action == decide.REUSE and decision.reference is not None:
+            reused = attempts.with_reference(state.read(folder), stage.fingerprint, decision.reference, decision.why)
+            state.write(folder, reused)
+        if decision.action != decide.RUN:
+            self._mark(stage, state.DONE, decision.why)
+            return
+        if self.stop.asked:
+            raise StoppedAndSaved(f"stopped before stage `{stage.name}`", f"`{self.again}` goes on")
+        state_before = state.read(folder)
+        if state_before.status == state.DONE:  # its result is gone
+            state.write(folder, dataclasses.replace(state_before, status=state.PENDING, reference=None))
+        self._mark(stage, state.RUNNING, decision.why)
+        self._attempt(stage)
+
+    def _decide(self, stage: StagePlan, folder: Path) -> Decision:
+        found = state.read(folder)
+        newest, _ = parents.store.newest_whole(folder / "checkpoints")
+        done_home = state.home(folder)
+        alike = (
+            None if found.status == state.DONE or self.settings.fresh else reuse.find(self.plan, stage, self.run_dir)
+        )
+        changes, than = list(self.changes.get(stage.name, ())), None
+        if found.status == state.PENDING and not changes and alike is None:
+            than, changes = reuse.nearest_run(self.plan, stage, self.run_dir)
+        return decide.decide(
+            stage,
+            decide.Found(
+                state=found,
+                missing=parents.missing_result(stage, done_home) if found.status == state.DONE else None,
+                step=int(newest.name.removeprefix("iter_")) if newest else None,
+                alike=alike,
+                changed=changes,
+                than=than,
+            ),
+            next((d for d in self.result.decisions if d.stage == stage.parent), None),
+        )
+
+    def _refusal(self, stage: StagePlan, decision: Decision) -> CptError:
+        message = f"stage `{stage.name}` {decision.why}"
+        if "guard" in decision.why:
+            return GuardStop(
+                message,
+                f"`stages.{stage.name}.stop_if=null` or a higher `loss_rises`, with `--accept-changes`, goes on",
+            )
+        return UsageError(message, "choose another `name`, or `--fresh` to start again in a new folder")
+
+    def _attempt(self, stage: StagePlan) -> None:
+        holder = lock.holder_of(os.getpid(), self.again)
+        attempt = attempts.begin(self.run_dir, stage.name, holder)
+        for text in attempt.notes:
+            self.diary.note(text)
+        record.write_environment(attempt.folder, self.environment)
+        launch = self._launch(attempt)
+        killed = False
+        code = 1
+        try:
+            self.launcher.write_script(launch)
+            self.latest |= {"stage": stage.name, "attempt": attempt.job.attempt, "step": None}
+            self._snapshot()
+            ranks = self.launcher.start(launch, self.settings.environ)
+            code, killed = follow(
+                ranks,
+                attempt.folder / "events.jsonl",
+                (self.held, attempt.lock),
+                self.run_dir,
+                self.stop,
+                lambda event: self._told(stage, attempt.job.attempt, event),
+                self.diary.note,
+            )
+        finally:
+            code = attempts.finish(attempt, code, now=killed)
+        self._conclude(stage, attempt, code)
+
+    def _launch(self, attempt: attempts.Attempt) -> Launch:
+        train = attempt.stage.train
+        layout = f"tp {train.parallel.tp}, pp {train.parallel.pp}, dp {train.parallel.dp}" if train else "one rank"
+        return Launch(
+            run_dir=self.run_dir,
+            stage=attempt.stage.name,
+            attempt_dir=attempt.folder,
+            world_size=attempt.num_ranks,
+            layout=layout,
+            python=sys.executable,
+            cwd=self.settings.cwd,
+        )
+
+    def _conclude(self, stage: StagePlan, attempt: attempts.Attempt, code: int) -> None:
+        ended = state.read(attempt.stage_dir)
+        self._mark(stage, ended.status, ended.reason)
+        if code == DONE:
+            return
+        if code == SAVED:
+            raise StoppedAndSaved(f"stage `{stage.name}` {ended.reason}", f"`{self.again}` goes on")
+        if code == GUARD:
+            rule = stage.train.stop_if if stage.train else None
+            what = f": the loss on `{rule.source}` rose by more than {rule.loss_rises:.3g} of itself" if rule else ""
+            raise GuardStop(
+                f"stage `{stage.name}` was ended by its guard `stop_if` at step {ended.step:,}{what}",
+                f"the checkpoint is kept in `{attempt.stage_dir / 'checkpoints'}`",
+                "later stages were not started",
+            )
+        raise attempts.failure_error(attempt.folder, stage.name, self.again)
+
+    def _mark(self, stage: StagePlan, status: str, why: str) -> None:
+        """Say and note how far a stage is."""
+        found = state.read(attempts.stage_dir(self.run_dir, stage.name))
+        entry = {
+            "status": status,
+            "reason": why,
+            "step": found.step,
+            "steps": stage.train.steps if stage.train else None,
+        }
+        self.latest["stages"][stage.name] = entry
+        self.diary.write("stage", stage=stage.name, status=status, reason=why)
+        self._snapshot()
+
+    def _told(self, stage: StagePlan, attempt: int, event: Event) -> None:
+        self.diary.tell({**event, "stage": stage.name, "attempt": attempt})
+        if event.get("kind") == "step":
+            self.latest["step"] = {k: v for k, v in event.items() if k not in ("t", "kind")}
+            self.latest["stages"][stage.name]["step"] = event.get("step")
+            if time.monotonic() - self._written > 1.0:
+                self._snapshot()
+
+    def _snapshot(self, **fields: Any) -> None:
+        """Write `latest.json`. A full disk must not end a run for the sake of a snapshot."""
+        self._written = time.monotonic()
+        self.latest |= fields
+        try:
+            write_json(self.run_dir / "latest.json", {"updated": self.settings.clock(), **self.latest})
+        except OSError:
+            return
+
+
+def read_latest(run_dir: Path) -> dict[str, Any]:
+    """The snapshot of a run."""
+    return dict(read_json(run_dir / "latest.json"))
