@@ -21,7 +21,17 @@ import torch
 CPU = torch.device("cpu")
 
 # Functions that make a tensor on a named device, as Megatron-core calls them.
-_FACTORIES = ("tensor", "as_tensor", "empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like")
+_FACTORIES: tuple[str, ...] = (
+    "tensor",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "zeros",
+    "zeros_like",
+    "ones",
+    "ones_like",
+)
 _FACTORIES += ("full", "full_like", "arange", "linspace", "eye", "rand", "rand_like", "randn", "randn_like", "randint")
 
 _installed = False
@@ -33,7 +43,7 @@ def install() -> torch.device:
     Call before anything of Megatron-core is built. Calling it again does nothing.
     """
     global _installed
-    _silence_import_warnings()
+    _silence_warnings()
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if not _installed:
@@ -55,11 +65,15 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
-def _silence_import_warnings() -> None:
-    """Megatron-core reports missing optional kernels on every rank at import; `cpt doctor` shows it once."""
-    for text in ("Transformer Engine and Apex are not installed", ".*Apex is not installed", ".*not installed.*"):
-        warnings.filterwarnings("ignore", message=text, module="megatron")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
+def _silence_warnings() -> None:
+    """Megatron-core and torch warn on every rank about missing kernels and names to come; nobody can act on it.
+
+    `cpt doctor` says once which kernels are missing.
+    """
+    for module in (r"megatron\.", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

@@ -57,8 +57,7 @@ def init(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
         distributed_timeout_minutes=timeout_s / 60,
-        # On the CPU every group is a gloo group already; a second set would only take sockets and time.
-        create_gloo_process_groups=device.has_cuda(),
+        create_gloo_process_groups=True,  # saving a distributed optimizer gathers over them
     )
     set_seeds(seed)
     return where
