@@ -1,1 +1,1 @@
-"""Megatron-core on CUDA + nccl or CPU + gloo: model, optimizer, training loop. Does not know `checkpoint` or `report`."""
+"""Megatron-core on CUDA + nccl or CPU + gloo: model, optimizer, training loop. Knows neither `checkpoint` nor `report`."""

@@ -63,6 +63,20 @@ def init(
     return where
 
 
+def place() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine) as torchrun and our launchers put it in the environment."""
+    return (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
 def set_seeds(seed: int) -> None:
     """Seed Python, numpy and torch alike on all ranks, and Megatron-core's per-tensor-rank states."""
     from megatron.core import tensor_parallel

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from cpt.plan.types import ModelConfig, Parallel, Train
+from cpt.plan.types import ModelConfig, Parallel
 
 
 @dataclass
@@ -35,10 +36,10 @@ class Engine:
 
 @dataclass
 class Progress:
-    """How far a stage is: everything that a checkpoint holds besides weights, optimizer and random state. JSON types only.
+    """How far a stage is: all that a checkpoint holds besides weights, optimizer and random state. JSON types only.
 
-    `cursors` and `given` are the data stream's own (see `data.stream`), `lr` the resolved curve and the last lr,
-    `run_step` counts optimizer steps over the chain of stages (for `counter: run`).
+    `cursors` is the data stream's own (see `data.stream`); `lr` is `{"last": lr of the last step, "lr": the resolved
+    curve}`; `run_step` counts steps over the chain of stages that kept their lr (for `counter: run`).
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Progress:
     lr: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # last window, for the spike rule
     first_eval: dict[str, float] = field(default_factory=dict)  # valid loss at the stage's start, for `stop_if`
+    last_eval: int = -1  # step whose evaluation is complete; -1 = none
     methods: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,13 +69,6 @@ class Saver(Protocol):
 class Reporter(Protocol):
     """Takes events (see `base.events`). Only rank 0's does something."""
 
+    clock: Callable[[], float]  # [unix seconds]
+
     def __call__(self, kind: str, **fields: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plugs:
-    """What the loop is given."""
-
-    train: Train
-    saver: Saver
-    report: Reporter
