@@ -1,1 +1,1 @@
-"""Megatron-core on CUDA + nccl or CPU + gloo: model, optimizer, training loop. Knows neither `checkpoint` nor `report`."""
+"""Megatron-core on CUDA + nccl or CPU + gloo: model, optimizer, loop. Knows neither `checkpoint` nor `report`."""
