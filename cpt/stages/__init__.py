@@ -32,4 +32,8 @@ class StageKind(ABC):
 
 STAGES: Registry[type[StageKind]] = Registry("stage kind")
 
-from cpt.stages import convert  # noqa: E402, F401
+
+# A kind registers itself when its file is read.
+from cpt.stages import convert, evaluate, train  # noqa: E402
+
+__all__ = ["STAGES", "StageKind", "convert", "evaluate", "train"]

@@ -154,7 +154,7 @@ class _Rank:
 
     def _load(self, engine: Engine, resume: str | None) -> Progress:
         """Weights and the rest of the state, and how far the stage is."""
-        from cpt.checkpoint import hf, native
+        from cpt.checkpoint import native
         from cpt.engine.ports import Progress
 
         def warn(text: str) -> None:
@@ -166,6 +166,8 @@ class _Rank:
             return Progress()
         assert self.job.parent is not None
         if self.job.start == "hf":
+            from cpt.checkpoint import hf
+
             hf.load(engine, self.job.parent)
             return Progress()
         return begin(native.load(engine, self.job.parent, keep=self.stage.keep, warn=warn), self.stage.keep)
