@@ -4,7 +4,8 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
 
     stage_start  stage, attempt, step, tokens, steps, world_size, tp, pp, dp, parent, resumed (bool)
     step         step (completed steps), tokens (of the stage so far), loss, lr, grad_norm, tokens_per_s, step_s,
-                 losses {source: nats/token}, given {source: tokens so far}, skipped (why, when the update was skipped)
+                 losses {source: nats/token}, given {source: tokens so far}, skipped (why, when the update was skipped),
+                 memory (highest of a rank, when it is known) [bytes]
     eval         step, tokens, when (start | during | end), losses {source: {loss [nats/token], bpb [bits/byte],
                  tokens, bytes, stderr [nats/token]}}, seconds
     save         step, path, seconds, phase
@@ -13,8 +14,8 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
     stop         reason, step
     stage_end    step, tokens, seconds
 
-Kinds written by the orchestrator (`events.jsonl` of the run): run_start (command, plan id), stage (stage, status, reason),
-data (source, tokens, seconds), run_end (exit_code, reason).
+Kinds written by the orchestrator (`events.jsonl` of the run): run_start (command, plan id), stage (stage, status,
+reason), data (source, tokens, seconds), run_end (exit_code, reason).
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def stage_events(stage_dir: str | os.PathLike[str]) -> Iterator[Event]:
 
     Each event gains `attempt`.
     """
-    attempts = sorted(Path(stage_dir).glob("attempt_*"), key=lambda p: int(p.name.split("_")[1]))
-    histories = [(int(p.name.split("_")[1]), list(read_lines(p / "events.jsonl"))) for p in attempts]
+    numbers = {p.name.removeprefix("attempt_"): p for p in Path(stage_dir).glob("attempt_*")}
+    attempts = sorted((int(n), p) for n, p in numbers.items() if n.isdecimal())
+    histories = [(n, [e for e in read_lines(p / "events.jsonl") if isinstance(e, dict)]) for n, p in attempts]
     starts = []
     for _, events in histories:
         first = next((e for e in events if e.get("kind") == "stage_start"), None)

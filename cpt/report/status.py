@@ -1,0 +1,186 @@
+"""Where a run stands now: what `cpt status` prints. Reads only the ends of event files: long runs answer at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt.base.events import Event
+from cpt.plan.types import RunPlan
+from cpt.report import show
+from cpt.report.progress import StageNow
+from cpt.report.table import aligned
+from cpt.stages import lock, state
+from cpt.stages.attempt import attempts, read_plan
+
+TAIL_BYTES = 256 * 1024  # of each event file: some hundred steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One stage. Counts are of the stage; None = not known."""
+
+    name: str
+    kind: str
+    status: str
+    attempt: int
+    step: int | None
+    steps: int | None
+    tokens: int | None
+    total_tokens: int | None
+    loss: float | None  # [nats/token]
+    lr: float | None
+    tokens_per_s: float | None
+    seconds_left: float | None
+    last_event: float | None  # [unix seconds]
+    reason: str
+    held_by: str | None  # the live process that works on it
+    reused_from: str | None  # stage folder of another run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run and its stages."""
+
+    name: str
+    folder: str
+    plan: str
+    held_by: str | None
+    seconds_left: float | None
+    stages: tuple[StageStatus, ...]
+
+
+def read_status(folder: Path) -> RunStatus:
+    """Where a run stands.
+
+    Raises:
+        UsageError: it is not a run folder, or its plan or a state is damaged.
+    """
+    plan = read_plan(folder)
+    stages, left, rate = [], 0, None
+    for name in plan.stages:
+        found, now = _stage(plan, folder, name)
+        stages.append(found)
+        if found.status != state.DONE:
+            left += (found.total_tokens or 0) - (found.tokens or 0)
+        if found.held_by is not None and now.rate:
+            rate = now.rate
+    held = lock.live_holder(folder) if folder.is_dir() else None
+    return RunStatus(
+        name=plan.name,
+        folder=str(folder),
+        plan=plan.id,
+        held_by=held.text() if held else None,
+        seconds_left=left / rate if rate else None,
+        stages=tuple(stages),
+    )
+
+
+def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
+    own = run / "stages" / name
+    said = state.read(own)
+    now = StageNow(plan=plan.stages[name])
+    for event in newest_events(state.home(own)):
+        now.take(event)
+    holder = lock.live_holder(own) if own.is_dir() else None
+    train = plan.stages[name].train
+    done = said.status == state.DONE
+    step = now.step if now.started else said.step
+    return StageStatus(
+        name=name,
+        kind=plan.stages[name].kind,
+        status=said.status if said.status != state.RUNNING or holder else "dead",
+        attempt=max(said.attempt, now.attempt),
+        step=(train.steps if done else step) if train else None,
+        steps=train.steps if train else None,
+        tokens=(train.tokens if done else now.tokens) if train else None,
+        total_tokens=train.tokens if train else None,
+        loss=now.loss,
+        lr=now.lr,
+        tokens_per_s=now.tokens_per_s,
+        seconds_left=0.0 if done else now.seconds_left if holder else None,
+        last_event=now.last,
+        reason=said.reason,
+        held_by=holder.text() if holder else None,
+        reused_from=said.reference,
+    ), now
+
+
+def newest_events(home: Path) -> Iterator[Event]:
+    """The last events of the newest attempt of a stage that has any."""
+    for folder in reversed(attempts(home)):
+        found = list(tail(folder / "events.jsonl"))
+        if found:
+            yield from found
+            return
+
+
+def tail(path: Path, size: int = TAIL_BYTES) -> Iterator[Event]:
+    """The whole event lines in the last bytes of a file, oldest first."""
+    try:
+        with open(path, "rb") as file:
+            length = file.seek(0, 2)
+            file.seek(max(0, length - size))
+            data = file.read()
+    except OSError:
+        return
+    lines = data.split(b"\n")
+    for line in lines if length <= size else lines[1:]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def status_json(status: RunStatus) -> dict[str, Any]:
+    """For `--json`."""
+    return asdict(status)
+
+
+def status_text(status: RunStatus, now: float) -> str:
+    """As a table for a terminal.
+
+    Args:
+        now: present time [unix seconds].
+    """
+    lines = [f"run     {show.plain(status.name)} · plan {status.plan[:6]}", f"folder  {show.plain(status.folder)}"]
+    if status.held_by:
+        lines.append(f"worked on by {show.plain(status.held_by)}")
+    if status.seconds_left is not None:
+        lines.append(f"left    about {show.show_duration(status.seconds_left)}")
+    head = ["stage", "state", "step", "tokens", "loss", "lr", "tokens/s", "left", "last event"]
+    rows = [
+        [
+            show.plain(s.name, 40),
+            s.status,
+            f"{s.step or 0:,}/{s.steps:,}" if s.steps else show.NOTHING,
+            f"{show.show_count(s.tokens or 0)}/{show.show_count(s.total_tokens)}" if s.total_tokens else show.NOTHING,
+            show.loss(s.loss),
+            show.lr(s.lr),
+            show.speed(s.tokens_per_s),
+            show.show_duration(s.seconds_left) if s.seconds_left else show.NOTHING,
+            show.ago(s.last_event, now),
+        ]
+        for s in status.stages
+    ]
+    lines += ["", *aligned([head, *rows], right=(2, 3, 4, 5, 6, 7))]
+    notes = []
+    for s in status.stages:
+        name = show.plain(s.name, 40)
+        if s.reused_from:
+            notes.append(f"{name}: result of `{show.plain(s.reused_from)}` is used")
+        if s.held_by:
+            attempt = f", attempt {s.attempt}" if s.attempt > 1 else ""
+            notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}")
+        if s.status == "dead":
+            notes.append(
+                f"{name}: nobody works on it any more; the command that started it goes on from its checkpoint"
+            )
+        if s.reason:
+            notes.append(f"{name}: {show.plain(s.reason)}")
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"

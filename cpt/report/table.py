@@ -1,0 +1,97 @@
+"""The table at the end of a run: what was gained and what was forgotten, by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt.evaluate import Account
+from cpt.report import show
+from cpt.report.history import read_run
+
+VERDICTS = {"gained": "gained", "forgotten": "forgotten", "unchanged": "within noise"}
+
+
+def final_table(run_dir: str | Path) -> str:
+    """What a run gained and forgot, as text for a terminal; ends with a newline."""
+    return table(read_run(Path(run_dir)).account)
+
+
+def table(account: Account) -> str:
+    """An account as text."""
+    if not account.changes:
+        return f"nothing to compare: {account.problem or 'only one measurement so far'}\n"
+    last = account.rows[-1]
+    lines = [f"validation loss after `{last.label}`, against {account.before}", ""]
+    head = ["domain", "", "before", "after", "nats/token", "bits/byte", ""]
+    rows = [
+        [
+            show.plain(c.domain, 32),
+            c.role,
+            show.loss(c.before.loss),
+            show.loss(c.after.loss),
+            show.change(c.nats),
+            show.change(c.bits_per_byte),
+            VERDICTS[c.verdict],
+        ]
+        for c in account.changes
+    ]
+    lines += aligned([head, *rows], right=(2, 3, 4, 5))
+    measures = summary(account)
+    if measures:
+        lines += ["", *aligned([[name, value] for name, value, _ in measures])]
+    return "\n".join(lines) + "\n"
+
+
+def summary(account: Account) -> list[tuple[str, str, str]]:
+    """Measures over all domains: (name, value, what it means)."""
+    found: list[tuple[str, str, str]] = []
+    matrix = account.matrix
+    if matrix is not None:
+        backward, forward, forgetting = matrix.backward_transfer(), matrix.forward_transfer(), matrix.forgetting()
+        if forgetting.value is not None:
+            found.append(
+                (
+                    "forgetting",
+                    f"{show.change(forgetting.value)} nats/token",
+                    f"mean over {forgetting.over} domains of last loss minus best earlier loss; above 0 = forgotten",
+                )
+            )
+        if backward.value is not None:
+            found.append(
+                (
+                    "backward transfer",
+                    f"{show.change(backward.value)} nats/token",
+                    f"score at the end minus right after learning, over {backward.over} domains; below 0 = forgotten",
+                )
+            )
+        if forward.value is not None:
+            found.append(
+                (
+                    "forward transfer",
+                    f"{show.change(forward.value)} nats/token",
+                    f"score right before learning minus at the start, over {forward.over} domains; above 0 = helped",
+                )
+            )
+        fuar = matrix.fuar()
+        if fuar is not None:
+            found.append(("FUAR", f"{fuar:.2f}", "forgotten for each unit gained; lower is better"))
+    for stage, domains in account.gaps.items():
+        for domain, gap in domains.items():
+            if gap.is_gap:
+                name = f"stability gap of {show.plain(domain, 32)} in {show.plain(stage, 32)}"
+                found.append(
+                    (name, gap.text(), "how far the loss rose in the stage, and when it was back [nats/token]")
+                )
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows as lines with columns of equal width."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

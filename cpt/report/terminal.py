@@ -1,0 +1,225 @@
+"""What a person sees while a run goes on: one live block in a terminal, plain lines in a pipe or a file.
+
+Both show the same fields in the same order: stage, step, tokens, loss, lr, tokens/s, memory, time left for the stage
+and for the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol, TextIO
+
+from cpt.base.events import Event
+from cpt.plan.types import RunPlan
+from cpt.report import show
+from cpt.report.progress import Progress, StageNow
+
+LINES_A_STAGE = 20  # plain `step` lines in a short stage
+MOST_STEPS_BETWEEN = 100  # and at most so many steps from one to the next in a long one
+
+
+class Display(Protocol):
+    """Takes the events of a run as they come."""
+
+    def event(self, stage: str, event: Event) -> None:
+        """Show an event of a stage (of the run itself when `stage` is empty)."""
+
+    def note(self, text: str) -> None:
+        """Print one line that is no event, without disturbing what is live."""
+
+    def close(self) -> None:
+        """Leave the last state on the screen. May be called twice."""
+
+
+def make_display(
+    plan: RunPlan, stream: TextIO, is_terminal: bool, *, every: int | None = None, quiet: bool = False
+) -> Display:
+    """The display for a stream.
+
+    Args:
+        plan: the run.
+        stream: where it is written, normally stderr.
+        is_terminal: whether somebody looks at it as it happens; then it may move.
+        every: steps between plain lines; without it about 20 lines in a short stage, one in 100 steps in a long one.
+        quiet: only warnings.
+    """
+    if is_terminal and not quiet:
+        return Live(plan, stream)
+    return Lines(plan, stream, every=every, quiet=quiet)
+
+
+def fields(now: StageNow, progress: Progress) -> dict[str, str]:
+    """The figures of a stage, in the order in which they are always shown."""
+    found = {
+        "step": f"{now.step:,}/{now.steps:,}",
+        "tokens": f"{show.show_count(now.tokens)}/{show.show_count(now.total)}",
+        "loss": show.loss(now.loss),
+        "lr": show.lr(now.lr),
+        "tokens/s": show.speed(now.tokens_per_s),
+        "memory": show.show_bytes(now.memory) if now.memory is not None else show.NOTHING,
+        "stage left": show.show_duration(now.seconds_left) if now.seconds_left is not None else show.NOTHING,
+        "run left": show.show_duration(progress.seconds_left) if progress.seconds_left is not None else show.NOTHING,
+    }
+    return found
+
+
+def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
+    """An event that is no step as one line, or None when it is not worth one."""
+    kind, name = event.get("kind"), show.plain(stage, 60)
+    at = f" at step {event['step']:,}" if isinstance(event.get("step"), int) else ""
+    if kind == "stage_start" and now is not None:
+        how = f"goes on from step {now.step:,}" if event.get("resumed") else "starts"
+        return f"{name}  {how} · {now.steps:,} steps, {show.show_count(now.total)} tokens · {now.layout}"
+    if kind == "eval" and now is not None:
+        return f"{name}  evaluation{at}: {losses(now)}" if now.losses else None
+    if kind == "save":
+        return f"{name}  saved{at} in {show.show_duration(_number(event.get('seconds')))}"
+    if kind == "warning":
+        return f"warning: {name}{at}: {show.plain(event.get('text', ''))}"
+    if kind == "guard":
+        source = show.plain(event.get("source", "?"), 60)
+        before, after = show.loss(_maybe(event.get("before"))), show.loss(_maybe(event.get("now")))
+        return f"warning: {name}{at}: the loss on `{source}` rose from {before} to {after}: `stop_if` ends the run"
+    if kind == "stop":
+        return f"{name}  stops{at}: {show.plain(event.get('reason', ''))}"
+    if kind == "stage_end":
+        return f"{name}  done{at} after {show.show_duration(_number(event.get('seconds')))}"
+    if kind == "step" and event.get("skipped"):
+        return f"warning: {name}{at}: the update was skipped: {show.plain(event['skipped'])}"
+    if kind == "data":
+        tokens = show.show_count(_number(event.get("tokens")))
+        return f"data    {show.plain(event.get('source', '?'), 60)}  {tokens} tokens"
+    return None
+
+
+def losses(now: StageNow) -> str:
+    """Validation losses with their change since the stage's start."""
+    parts = []
+    for domain, loss in now.losses.items():
+        first = now.first_losses.get(domain)
+        moved = f" ({show.change(loss - first)})" if first is not None and first != loss else ""
+        parts.append(f"{show.plain(domain, 40)} {show.loss(loss)}{moved}")
+    return ", ".join(parts)
+
+
+class Lines:
+    """Plain lines, one every so many steps."""
+
+    def __init__(self, plan: RunPlan, stream: TextIO, *, every: int | None = None, quiet: bool = False) -> None:
+        self.progress = Progress(plan)
+        self.stream = stream
+        self.every = every
+        self.quiet = quiet
+
+    def event(self, stage: str, event: Event) -> None:
+        now = self.progress.take(stage, event)
+        line = sentence(stage, event, now)
+        if line is None and now is not None and event.get("kind") == "step" and self._due(now):
+            values = fields(now, self.progress)
+            line = f"{show.plain(stage, 60)}  " + "  ".join(f"{name} {value}" for name, value in values.items())
+        if line is not None and (not self.quiet or line.startswith("warning:")):
+            self.note(line)
+
+    def _due(self, now: StageNow) -> bool:
+        every = self.every or min(MOST_STEPS_BETWEEN, max(1, now.steps // LINES_A_STAGE))
+        return now.step % every == 0 or now.step == now.steps
+
+    def note(self, text: str) -> None:
+        # A log on a full disk or a closed pipe must not end the run.
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """A block that is redrawn in place; what is worth keeping scrolls by above it."""
+
+    def __init__(self, plan: RunPlan, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        self.progress = Progress(plan)
+        self.console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False)
+        # A terminal that cannot move the cursor gets the plain lines.
+        self.lines = Lines(plan, stream) if self.console.is_dumb_terminal or not self.console.is_terminal else None
+        self.live: RichLive | None = None
+        if self.lines is None:
+            self.live = RichLive(
+                console=self.console,
+                get_renderable=self._block,
+                refresh_per_second=4,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                transient=False,
+            )
+
+    def event(self, stage: str, event: Event) -> None:
+        if self.lines is not None:
+            self.lines.event(stage, event)
+            return
+        now = self.progress.take(stage, event)
+        line = sentence(stage, event, now)
+        if line is not None:
+            self.note(line)
+        if self.live is not None and not self.live.is_started and now is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.live.start()
+
+    def note(self, text: str) -> None:
+        if self.lines is not None:
+            self.lines.note(text)
+            return
+        from rich.text import Text
+
+        with contextlib.suppress(OSError, ValueError):
+            self.console.print(Text(text, style="yellow" if text.startswith("warning:") else ""))
+
+    def close(self) -> None:
+        if self.live is not None and self.live.is_started:
+            with contextlib.suppress(OSError, ValueError):
+                self.live.stop()
+        self.live = None
+
+    def _block(self) -> Any:
+        """The block: one line a stage in the order of the plan, the present one with its figures below."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        now = self.progress.stages.get(self.progress.current or "")
+        if now is None:
+            return Text("")
+        head = Table.grid(padding=(0, 2))
+        for name, stage in self.progress.stages.items():
+            mark, style = ("✓", "green") if stage.ended else ("▸", "bold") if stage is now else ("·", "dim")
+            what = f"{stage.step:,} of {stage.steps:,} steps" if stage.steps else stage.plan.kind
+            width = max(10, min(40, self.console.width - 50))
+            bar = ProgressBar(total=max(1, stage.steps), completed=stage.step, width=width) if stage.steps else Text("")
+            head.add_row(Text(f"{mark} {show.plain(name, 24)}", style=style), bar, Text(what, style="dim"))
+        figures = Table.grid(padding=(0, 2))
+        values = fields(now, self.progress)
+        columns = max(1, min(len(values), self.console.width // 24))
+        row: list[Any] = []
+        for name, value in values.items():
+            row.append(Text.assemble((f"{name} ", "dim"), value))
+            if len(row) == columns:
+                figures.add_row(*row)
+                row = []
+        if row:
+            figures.add_row(*row)
+        parts: list[Any] = [head, figures]
+        if now.losses:
+            parts.append(Text.assemble(("validation ", "dim"), losses(now)))
+        return Group(*parts)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _maybe(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
