@@ -17,7 +17,7 @@ from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork, processes
 
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Stage `{stage}` of the run in {run_dir}
+# Stage `{stage}` of the run in {folder}
 # {num_ranks} ranks on this machine ({layout}). Written by `cpt run`, which does the same; safe to run by hand:
 # it refuses while another process has the stage, goes on from the newest whole checkpoint, and records how it ended.
 set -uo pipefail
@@ -93,6 +93,7 @@ class Local(Launcher):
         exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._threads(launch.world_size).items())
         text = _SCRIPT.format(
             stage=_comment(launch.stage),
+            folder=_comment(str(launch.run_dir)),
             stage_arg=shlex.quote(launch.stage),
             run_dir=shlex.quote(str(launch.run_dir)),
             num_ranks=launch.world_size,

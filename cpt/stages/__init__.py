@@ -17,7 +17,14 @@ class StageKind(ABC):
     """One kind of stage."""
 
     # What its ranks import; the parent of forked ranks imports it once for all of them.
-    modules: ClassVar[tuple[str, ...]] = ("torch.distributed", "cpt.engine.distributed", "megatron.core.models.gpt")
+    modules: ClassVar[tuple[str, ...]] = (
+        "cpt.engine.megatron",
+        "cpt.engine.loop",
+        "cpt.checkpoint.native",
+        "cpt.data.stream",
+        "megatron.core.dist_checkpointing",
+        "megatron.core.pipeline_parallel",
+    )
 
     @classmethod
     def num_ranks(cls, stage: StagePlan) -> int:

@@ -79,7 +79,8 @@ def used_sources(plan: RunPlan) -> list[str]:
     """The sources that some stage reads, in the recipe's order."""
     used: set[str] = set()
     for stage in plan.stages.values():
-        used |= set(stage.options.get("sources", ()))
+        if stage.kind == "evaluate":
+            used |= set(stage.options.get("sources") or plan.sources)
         if stage.train is not None:
             used |= set(stage.train.mixture) | set(stage.train.evaluate.sources)
             used |= set(stage.train.replay.sources) if stage.train.replay else set()
@@ -96,8 +97,7 @@ def tokenizer_of(plan: RunPlan, report: Callable[..., None]) -> Path:
     if not plan.tokenizer.train_on or plan.tokenizer.vocab_size is None:
         raise PlanError("the run has no tokenizer", "set `tokenizer` to a `tokenizer.json`, or `tokenizer.train_on`")
     sources = [plan.sources[name] for name in plan.tokenizer.train_on]
-    report(
-        "note",
-        text=f"training a tokenizer of {plan.tokenizer.vocab_size:,} tokens on {', '.join(s.name for s in sources)}",
-    )
-    return Path(tokenizer.train(sources, plan.tokenizer.vocab_size, plan.cache))
+    size = plan.tokenizer.vocab_size
+    if tokenizer.find_trained(sources, size, plan.cache) is None:
+        report("note", text=f"training a tokenizer of {size:,} tokens on {', '.join(s.name for s in sources)}")
+    return Path(tokenizer.train(sources, size, plan.cache))

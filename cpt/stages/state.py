@@ -43,7 +43,7 @@ def read(stage_dir: str | os.PathLike[str]) -> State:
         state = from_json(State, value)
     except FileNotFoundError:
         return State()
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"`{path}` is damaged: {error}", "`--fresh` starts again in a new folder") from None
     if state.status not in STATUSES:
         raise UsageError(f"`{path}` has the unknown status `{state.status}`", "`--fresh` starts again in a new folder")
