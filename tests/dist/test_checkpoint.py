@@ -429,7 +429,7 @@ def die_inside(root: str, where: str) -> None:
         gone = stores.shutil.rmtree
 
         def rmtree(path: Path, **kwargs: Any) -> None:
-            die() if path.name.endswith("iter_0000001") else gone(path, **kwargs)
+            die() if path.name.endswith("iter_0000001") and path.exists() else gone(path, **kwargs)
 
         stores.shutil = type("shutil", (), {"rmtree": staticmethod(rmtree)})  # type: ignore[attr-defined, assignment]
     keeper.save(run.engine, progress(2), phase="train")
