@@ -38,7 +38,7 @@ def stamp(source: Source) -> Any:
     Raises:
         UsageError: a file that cannot be read.
     """
-    held_out = [readers.stat_file(path) for path in source.valid_paths]
+    held_out = [readers.stat_file(path) for path in readers.both(source.valid_paths)]
     return [source.reader, readers.reader(source).stamp(source), held_out]
 
 
@@ -60,7 +60,7 @@ def raw_hash(source: Source, cache: str | Path) -> str:
     paths = readers.files(source, cache)
     try:
         with ThreadPoolExecutor(4) as pool:
-            hashes = list(pool.map(hash_file, [*paths, *source.valid_paths]))
+            hashes = list(pool.map(hash_file, [*paths, *readers.both(source.valid_paths)]))
     except OSError as error:
         raise UsageError(f"cannot read `{error.filename}`: {error.strerror}") from None
     return hash_text(canonical_json([hashes[: len(paths)], hashes[len(paths) :]]))
@@ -68,7 +68,9 @@ def raw_hash(source: Source, cache: str | Path) -> str:
 
 def raw_bytes(source: Source, cache: str | Path) -> int:
     """Size of the raw files of a source [bytes]."""
-    return sum(readers.stat_file(path)[1] for path in [*readers.files(source, cache), *source.valid_paths])
+    return sum(
+        readers.stat_file(path)[1] for path in [*readers.files(source, cache), *readers.both(source.valid_paths)]
+    )
 
 
 def corpus_key(raw: str, source: Source, tokenizer_hash: str, data: DataOptions) -> str:
@@ -114,7 +116,7 @@ def entries(cache: str | Path) -> Iterator[Entry]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     for folder in sorted((Path(cache) / "corpora").glob("*")):
-        corpus = Corpus.find(folder)
+        corpus = None if folder.name.startswith(".") else Corpus.find(folder)
         if corpus:
             yield Entry(corpus, tuple(sorted(names.get(folder.name, {corpus.catalog["source"]}))))
 
@@ -126,6 +128,8 @@ def estimate(source: Source, tokenizer: Tokenizer | None = None) -> SourceFacts:
         UsageError: a file that cannot be read, or whose first documents are broken.
     """
     reader = readers.reader(source)
+    if reader.wants_paths and readers.is_megatron(source.paths):
+        return _megatron_facts(source)
     if not reader.wants_paths:
         size, documents = reader.size(source)
         per_token = _bytes_per_token([], tokenizer)
@@ -139,6 +143,20 @@ def estimate(source: Source, tokenizer: Tokenizer | None = None) -> SourceFacts:
         documents=max(1, int(documents * (1 - held_out))),
         bytes=int(size * (1 - held_out)),
         valid_tokens=int(tokens * held_out),
+    )
+
+
+def _megatron_facts(source: Source) -> SourceFacts:
+    """Size of existing Megatron data: known but for the held-out share."""
+    from cpt.data.shards import Shard
+
+    shard = Shard(readers.pair(source.paths[0])[0].removesuffix(".bin"))
+    kept = 1 - (0.0 if source.valid_paths else source.valid)
+    return SourceFacts(
+        tokens=int(shard.tokens * kept),
+        documents=int(len(shard) * kept),
+        bytes=int(shard.tokens * kept * _BYTES_PER_TOKEN),
+        valid_tokens=int(shard.tokens * (1 - kept)),
     )
 
 

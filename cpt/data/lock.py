@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cpt.base.errors import EnvironmentProblem
 from cpt.base.files import fsync_folder
 
 
@@ -53,3 +55,21 @@ def publish(folder: Path, target: Path) -> None:
     fsync_folder(folder)
     os.rename(folder, target)
     fsync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def writing(cache: str | Path) -> Iterator[None]:
+    """Turn a full or closed disk under the cache into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentProblem(
+                f"no space left in the cache `{cache}`", "free some, or set `CPT_CACHE` to a folder on another disk"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise EnvironmentProblem(
+                f"cannot write to the cache `{cache}`: {(error.strerror or '').lower()}",
+                "set `CPT_CACHE` to a folder of yours",
+            ) from None
+        raise

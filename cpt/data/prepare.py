@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpt.base.errors import EnvironmentProblem, UsageError
+from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, hash_text, write_json
 from cpt.data import catalog, encode, pieces, readers, split
 from cpt.data import tokenizer as tokenizers
 from cpt.data.corpus import CATALOG, FORMAT, Corpus
-from cpt.data.lock import building, publish
+from cpt.data.lock import building, publish, writing
 from cpt.data.pool import Work, encode_pieces
 from cpt.data.shards import ShardWriter, token_dtype
 from cpt.data.worker import Encoded, Task
 from cpt.plan.types import DataOptions, Source
 
-_SMALL = 16 << 20  # raw bytes below which starting processes costs more than it gains
+SMALL = 16 << 20  # raw bytes below which starting processes costs more than it gains
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Preparing:
 Report = Callable[[Preparing], None]
 
 
-class _Differs(Exception):
-    """The fast encoder gave other ids than the reference."""
-
-
 def prepare(
     source: Source,
     tokenizer_path: str | Path,
@@ -56,7 +52,7 @@ def prepare(
     Args:
         source: what to read.
         tokenizer_path: folder with `tokenizer.json`, or the file.
-        data: BOS and EOS options.
+        data: BOS and EOS options; of no effect on Megatron data, which is tokenised already.
         cache: folder of prepared things.
         workers: processes that encode. The result does not depend on it.
         report: called now and then.
@@ -70,126 +66,127 @@ def prepare(
     found = catalog.find_corpus(source, tokenizer_hash, data, cache)
     if found:
         return found
+    tokenizers.auto_bos_eos(tokenizer_file, data.bos, data.eos)
     say = report or (lambda _: None)
-    total = catalog.raw_bytes(source, cache)
-    # Taken before the files are read: a file that changes meanwhile misses the lookup next time.
-    lookup = catalog.lookup(source, tokenizer_hash, data, cache)
-    raw = catalog.raw_hash(source, cache)
-    key = catalog.corpus_key(raw, source, tokenizer_hash, data)
-    root = Path(cache) / "corpora"
 
-    def waiting() -> None:
-        say(Preparing(source.name, 0, total, 0, 0, "another process is preparing it: waiting"))
+    def tell(note: str) -> None:
+        say(Preparing(source.name, 0, 0, 0, 0, note))
 
-    try:
-        with building(root, key, lambda folder: Corpus.find(folder) is not None, waiting) as folder:
+    with writing(cache):
+        if not readers.reader(source).wants_paths:
+            tell("taking its text out of installed packages")
+        total = catalog.raw_bytes(source, cache)
+        # Taken before the files are read: a file that changes meanwhile misses the lookup next time.
+        lookup = catalog.lookup(source, tokenizer_hash, data, cache)
+        raw = catalog.raw_hash(source, cache)
+        key = catalog.corpus_key(raw, source, tokenizer_hash, data)
+        root = Path(cache) / "corpora"
+        whole = lambda folder: Corpus.find(folder) is not None  # noqa: E731
+        with building(root, key, whole, lambda: tell("waiting for another process that is preparing it")) as folder:
             if folder is not None:
-                _build(source, tokenizer_file, data, Path(cache), folder, workers, total, raw, tokenizer_hash, say)
+                _Builder(source, tokenizer_file, data, Path(cache), folder, workers, total, say).build(raw)
                 publish(folder, root / key)
         write_json(lookup, {"source": source.name, "corpus": key})
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(
-                f"no space left while preparing source `{source.name}` in `{root}`",
-                "free some, or set `CPT_CACHE` to a folder on another disk",
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise EnvironmentProblem(
-                f"cannot write to the cache `{cache}`: {error.strerror}", "set `CPT_CACHE` to a folder of yours"
-            ) from None
-        raise
     return Corpus.open(root / key)
 
 
-def _build(
-    source: Source,
-    tokenizer: str,
-    data: DataOptions,
-    cache: Path,
-    folder: Path,
-    workers: int,
-    total: int,
-    raw: str,
-    tokenizer_hash: str,
-    say: Report,
-) -> None:
-    """Fill `folder` with the corpus."""
-    bos_id, eos_id = tokenizers.special_ids(tokenizer)
-    tokenizers.auto_bos_eos(tokenizer, data.bos, data.eos)
-    vocab = tokenizers.vocab_size(tokenizer)
-    encoding = encode.Encoding(
-        tokenizer=tokenizer,
-        bos_id=bos_id if data.bos else None,
-        eos_id=eos_id if data.eos else None,
-        dtype=token_dtype(vocab).name,
-        allow_special=source.allow_special,
-    )
-    encoder, note = encode.choose(encoding)
-    limit = 0 if source.valid_paths else split.limit(source.valid)
-    build = _Builder(source, cache, folder, 0 if total < _SMALL else workers, total, say)
-    while True:
-        try:
-            result = build.run(Task(encoding, encoder, source.text, limit))
-        except _Differs as error:
-            encoder, note = encode.REFERENCE, str(error)
-            say(Preparing(source.name, 0, total, 0, 0, f"{note}; encoding it all with the reference"))
-            continue
-        if limit and not result["valid"]["documents"] and result["documents"] > 1:
-            limit = build.least + 1  # a small source: the document with the smallest hash is held out
-            continue
-        break
-    if not result["tokens"]:
-        raise UsageError(f"source `{source.name}` has no text to train on in column `{source.text}`")
-    result["encoder"] |= {"version": _version(encoder), "note": note}
-    hashes = [result.pop("train_hash"), result.pop("valid_hash")]
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    write_json(
-        folder / CATALOG,
-        {
-            "format": FORMAT,
-            "source": source.name,
-            **result,
-            "tokenizer_hash": tokenizer_hash,
-            "vocab_size": vocab,
-            "dtype": encoding.dtype,
-            "bos_id": encoding.bos_id,
-            "eos_id": encoding.eos_id,
-            "source_hash": raw,
-            "content_hash": hash_text(canonical_json([hashes, tokenizer_hash, encoding.bos_id, encoding.eos_id])),
-            "licence": source.licence,
-            "reader": source.reader,
-            "files_read": [Path(p).name for p in readers.files(source, cache)],
-            "files": files,
-        },
-    )
+class _Differs(Exception):
+    """The fast encoder gave other ids than the reference."""
 
 
+@dataclass
 class _Builder:
-    """One or more passes over a source into the same folder."""
+    """Fills an empty folder with the corpus of a source."""
 
-    def __init__(self, source: Source, cache: Path, folder: Path, workers: int, total: int, say: Report) -> None:
-        self.source, self.cache, self.folder = source, cache, folder
-        self.workers, self.total, self.say = workers, total, say
-        self.least = split.SPACE
+    source: Source
+    tokenizer: str
+    data: DataOptions
+    cache: Path
+    folder: Path
+    workers: int
+    total: int  # raw bytes
+    say: Report
+    least: int = split.SPACE  # smallest document hash seen
 
-    def work(self) -> Iterator[Work]:
-        """Pieces with the side that they go to."""
-        files = readers.files(self.source, self.cache)
-        side = False if self.source.valid_paths else None
-        for number, piece in enumerate(pieces.pieces(files, self.source.text)):
-            yield piece, number == 0, side
-        for piece in pieces.pieces(self.source.valid_paths, self.source.text):
-            yield piece, False, True
+    def build(self, raw: str) -> None:
+        """Write shards and catalog.
 
-    def run(self, task: Task) -> dict[str, Any]:
-        """Write the shards; give the counts for the catalog."""
+        Args:
+            raw: hash of the raw files.
+        """
+        source = self.source
+        paths = readers.files(source, self.cache)
+        result = self._link(raw) if readers.is_megatron(paths) else self._encode_all()
+        if not result["tokens"]:
+            raise UsageError(f"source `{source.name}` has no text to train on in column `{source.text}`")
+        tokenizer_hash = tokenizers.tokenizer_hash(self.tokenizer)
+        content = [result.pop("train_hash"), result.pop("valid_hash"), tokenizer_hash]
+        files = {p.name: p.stat().st_size for p in sorted(self.folder.iterdir())}
+        write_json(
+            self.folder / CATALOG,
+            {
+                "format": FORMAT,
+                "source": source.name,
+                "reader": source.reader,
+                "licence": source.licence,
+                **result,
+                "vocab_size": tokenizers.vocab_size(self.tokenizer),
+                "tokenizer_hash": tokenizer_hash,
+                "source_hash": raw,
+                "content_hash": hash_text(canonical_json([*content, result["bos_id"], result["eos_id"]])),
+                "text": source.text,
+                "held_out": None if source.valid_paths else source.valid,
+                "read": [Path(path).name for path in [*paths, *readers.both(source.valid_paths)]],
+                "files": files,
+            },
+        )
+
+    def _link(self, raw: str) -> dict[str, Any]:
+        """The counts of existing Megatron data, of which only indexes are written."""
+        from cpt.data import megatron
+
+        def say(documents: int, tokens: int) -> None:
+            self.say(Preparing(self.source.name, 0, self.total, documents, tokens))
+
+        share, held_out = self.source.valid, self.source.valid_paths
+        return megatron.build(self.source.paths, held_out, share, self.tokenizer, raw, self.folder, say)
+
+    def _encode_all(self) -> dict[str, Any]:
+        """Write shards from text; with the reference when the fast encoder was wrong once."""
+        bos_id, eos_id = tokenizers.special_ids(self.tokenizer)
+        encoding = encode.Encoding(
+            tokenizer=self.tokenizer,
+            bos_id=bos_id if self.data.bos else None,
+            eos_id=eos_id if self.data.eos else None,
+            dtype=token_dtype(tokenizers.vocab_size(self.tokenizer)).name,
+            allow_special=self.source.allow_special,
+        )
+        encoder, note = encode.choose(encoding)
+        limit = 0 if self.source.valid_paths else split.limit(self.source.valid)
+        while True:
+            try:
+                result = self._pass(Task(encoding, encoder, self.source.text, limit))
+            except _Differs as error:
+                encoder, note = encode.REFERENCE, str(error)
+                self.say(Preparing(self.source.name, 0, self.total, 0, 0, f"{note}; all is encoded by the reference"))
+                continue
+            if limit and not result["valid"]["documents"] and result["documents"] > 1:
+                limit = self.least + 1  # a small source: the document with the smallest hash is held out
+                continue
+            break
+        result["encoder"] |= {"version": version(encoder), "note": note}
+        return result | {"bos_id": encoding.bos_id, "eos_id": encoding.eos_id, "dtype": encoding.dtype}
+
+    def _pass(self, task: Task) -> dict[str, Any]:
+        """One pass over the source; gives the counts for the catalog."""
         dtype = np.dtype(task.encoding.dtype)
         train = ShardWriter(self.folder / "train", dtype)
         valid = ShardWriter(self.folder / "valid", dtype)
         counts = dict.fromkeys(("train_bytes", "valid_bytes", "empty", "checked", "read"), 0)
+        workers = 0 if self.total < (SMALL if task.encoder == encode.FAST else SMALL // 8) else self.workers
         try:
             with open(self.folder / "valid.bytes", "wb") as valid_bytes:
-                for part in encode_pieces(task, self.work(), self.workers):
+                for part in encode_pieces(task, self._work(), workers):
                     self._add(part, train, valid, counts)
                     valid_bytes.write(part.valid_bytes.tobytes())
             hashes = train.finish(), valid.finish()
@@ -207,6 +204,15 @@ class _Builder:
             "valid_hash": hashes[1],
         }
 
+    def _work(self) -> Iterator[Work]:
+        """Pieces with the side that they go to."""
+        files = readers.files(self.source, self.cache)
+        side = False if self.source.valid_paths else None
+        for number, piece in enumerate(pieces.pieces(files, self.source.text)):
+            yield piece, number == 0, side
+        for piece in pieces.pieces(self.source.valid_paths, self.source.text):
+            yield piece, False, True
+
     def _add(self, part: Encoded, train: ShardWriter, valid: ShardWriter, counts: dict[str, int]) -> None:
         if part.differ:
             raise _Differs(f"gigatoken gave other ids than the reference for {part.differ} of {part.checked} documents")
@@ -220,9 +226,3 @@ class _Builder:
         counts["read"] += part.size
         done = min(counts["read"], self.total)
         self.say(Preparing(self.source.name, done, self.total, train.documents + valid.documents, train.tokens))
-
-
-def _version(encoder: str) -> str:
-    from importlib.metadata import version
-
-    return version(encoder)

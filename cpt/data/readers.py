@@ -43,12 +43,12 @@ class Files(Reader):
     wants_paths = True
 
     def stamp(self, source: Source) -> Any:
-        return [stat_file(path) for path in source.paths]
+        return [stat_file(path) for path in both(source.paths)]
 
     def files(self, source: Source, cache: str | Path) -> tuple[str, ...]:
         if not source.paths:
             raise UsageError(f"source `{source.name}` names no files", "set `paths` to files or a pattern")
-        return source.paths
+        return both(source.paths)
 
 
 @READERS.add("python_docs")
@@ -99,6 +99,42 @@ def files(source: Source, cache: str | Path) -> tuple[str, ...]:
     return reader(source).files(source, cache)
 
 
+def is_megatron(paths: Sequence[str]) -> bool:
+    """Whether a source is Megatron data.
+
+    Raises:
+        UsageError: it is in part, or of several pairs.
+    """
+    from cpt.data.pieces import file_kind
+
+    kinds = {file_kind(path)[0] for path in paths}
+    if "megatron" not in kinds:
+        return False
+    if len(kinds) > 1 or len({Path(path).with_suffix("") for path in paths}) > 1:
+        raise UsageError(
+            "a source is either one Megatron pair `.bin/.idx` or files of text", "make each pair a source of its own"
+        )
+    return True
+
+
+def pair(path: str) -> tuple[str, str]:
+    """Both files of a pair, named by one of them or by their common prefix.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    for name in (prefix + ".bin", prefix + ".idx"):
+        if not Path(name).is_file():
+            raise UsageError(f"Megatron data is a pair of files, and `{name}` is missing")
+    return prefix + ".bin", prefix + ".idx"
+
+
+def both(paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths with the other file of each Megatron pair added."""
+    return tuple(name for path in paths for name in (pair(path) if path.endswith((".bin", ".idx")) else (path,)))
+
+
 def stat_file(path: str) -> list[Any]:
     """Path, size [bytes] and time of change [ns] of a file.
 
@@ -127,6 +163,8 @@ def expand(patterns: Sequence[str], folder: str | Path) -> tuple[str, ...]:
     found: set[str] = set()
     for pattern in patterns:
         full = os.path.normpath(os.path.join(folder, os.path.expanduser(pattern)))
+        if not os.path.exists(full) and os.path.isfile(full + ".idx"):
+            full += ".idx"  # the prefix of a Megatron pair
         matches = [full] if os.path.exists(full) else glob.glob(full, recursive=True)
         before = len(found)
         for match in matches:
@@ -138,7 +176,8 @@ def expand(patterns: Sequence[str], folder: str | Path) -> tuple[str, ...]:
                 found.update(name for name in inside if os.path.isfile(name) and _readable(name))
         if len(found) == before and not any(m in found for m in matches):
             raise _nothing(pattern, full)
-    return tuple(sorted(found))
+    pairs = {path for path in found if path.endswith(".bin") and path[:-4] + ".idx" in found}
+    return tuple(sorted(found - pairs))
 
 
 def _readable(path: str) -> bool:

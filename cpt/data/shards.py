@@ -14,7 +14,7 @@ import os
 import struct
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -58,9 +58,12 @@ class ShardWriter:
         self.documents = 0
         self.tokens = 0
         self._hash = hashlib.sha256()
-        self._bin = open(self.prefix.with_suffix(".bin"), "wb")  # noqa: SIM115
-        self._lengths_path = self.prefix.with_suffix(".lengths")
+        self._bin = open(self._path(".bin"), "wb")  # noqa: SIM115
+        self._lengths_path = self._path(".lengths")
         self._lengths = open(self._lengths_path, "w+b")  # noqa: SIM115
+
+    def _path(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
 
     def add(self, tokens: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
         """Append documents.
@@ -80,8 +83,8 @@ class ShardWriter:
 
     def finish(self) -> str:
         """Write the index, make both files durable, and give the SHA-256 of ids and lengths."""
-        with self._bin, self._lengths, open(self.prefix.with_suffix(".idx"), "wb") as index:
-            index.write(MAGIC + struct.pack("<QBQQ", 1, CODES[self.dtype], self.documents, self.documents + 1))
+        with self._bin, self._lengths, open(self._path(".idx"), "wb") as index:
+            index.write(_head(self.dtype, self.documents))
             start = 0
             for sizes in self._chunks():
                 index.write(sizes.data)
@@ -89,8 +92,7 @@ class ShardWriter:
                 ends = np.cumsum(sizes, dtype=np.int64)
                 index.write((start + (ends - sizes) * self.dtype.itemsize).data)
                 start += int(ends[-1]) * self.dtype.itemsize
-            for first in range(0, self.documents + 1, _CHUNK):
-                index.write(np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64).data)
+            _write_documents(index, self.documents)
             for file in (self._bin, index):
                 file.flush()
                 os.fsync(file.fileno())
@@ -109,6 +111,34 @@ class ShardWriter:
         self._lengths.close()
 
 
+def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]) -> None:
+    """Write an index over documents that lie anywhere in a `.bin` file.
+
+    Args:
+        path: of the `.idx` file.
+        dtype: of the token ids.
+        lengths: of each document [tokens].
+        starts: of each document [bytes].
+    """
+    with open(path, "wb") as index:
+        index.write(_head(dtype, len(lengths)))
+        index.write(np.ascontiguousarray(lengths, "<i4").data)
+        index.write(np.ascontiguousarray(starts, "<i8").data)
+        _write_documents(index, len(lengths))
+        index.flush()
+        os.fsync(index.fileno())
+
+
+def _head(dtype: np.dtype[Any], documents: int) -> bytes:
+    return MAGIC + struct.pack("<QBQQ", 1, CODES[np.dtype(dtype)], documents, documents + 1)
+
+
+def _write_documents(index: BinaryIO, documents: int) -> None:
+    """One sequence a document."""
+    for first in range(0, documents + 1, _CHUNK):
+        index.write(np.arange(first, min(first + _CHUNK, documents + 1), dtype=np.int64).data)
+
+
 class Shard:
     """One `.bin/.idx` pair, mapped into memory on first use.
 
@@ -122,7 +152,7 @@ class Shard:
     @cached_property
     def _index(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.dtype[Any]]:
         """Start [tokens] and length [tokens] of each document, and the type of the ids."""
-        path = self.prefix.with_suffix(".idx")
+        path = self._path(".idx")
         try:
             raw = np.memmap(path, mode="r")
         except (OSError, ValueError) as error:
@@ -141,6 +171,9 @@ class Shard:
         if ends - 1 != sequences:
             lengths, starts = _join(path, starts, lengths, firsts, dtype.itemsize)
         return starts, lengths, dtype
+
+    def _path(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
 
     @property
     def starts(self) -> np.ndarray[Any, Any]:
@@ -167,7 +200,7 @@ class Shard:
 
     @cached_property
     def _ids(self) -> np.ndarray[Any, Any]:
-        path = self.prefix.with_suffix(".bin")
+        path = self._path(".bin")
         try:
             empty = path.stat().st_size == 0
             raw = np.empty(0, np.uint8) if empty else np.memmap(path, mode="r")

@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, hash_file, hash_text, read_json, write_atomic, write_json
-from cpt.data.lock import building, publish
+from cpt.data.lock import building, publish, writing
 from cpt.plan.types import Source
 
 END = "<|endoftext|>"
@@ -138,7 +138,7 @@ def _begins_with(processor: Any, bos_id: int | None, file: Path) -> bool:
     return first is not None and _token_ids(str(file), file.stat().st_mtime_ns).get(first) == bos_id
 
 
-def train(sources: Sequence[Source], vocab_size: int, cache: str | Path, report: Any = None) -> str:
+def train(sources: Sequence[Source], vocab_size: int, cache: str | Path) -> str:
     """Train a byte-level BPE tokenizer on the train split of sources; give the path of its `tokenizer.json`.
 
     `<|endoftext|>` is id 0 and ends documents. Held-out documents are left out. The result is cached by what the
@@ -148,7 +148,6 @@ def train(sources: Sequence[Source], vocab_size: int, cache: str | Path, report:
         sources: what to train on.
         vocab_size: of the new tokenizer.
         cache: folder of prepared things.
-        report: called with a line for people, or None.
     """
     from cpt.data import catalog
 
@@ -158,14 +157,14 @@ def train(sources: Sequence[Source], vocab_size: int, cache: str | Path, report:
     if found:
         return found
     root = Path(cache) / "tokenizers"
-    name = _name([catalog.raw_hash(s, cache) for s in sources], sources, vocab_size)
-    with building(root, name) as folder:
-        if folder is not None:
-            if report:
-                report(f"training a tokenizer of {vocab_size:,} tokens on " + ", ".join(s.name for s in sources))
-            _train(sources, vocab_size, Path(cache), folder)
-            publish(folder, root / name)
-    write_json(Path(cache) / "lookup" / f"{_stamp(sources, vocab_size)}.json", {"tokenizer": name})
+    stamp = _stamp(sources, vocab_size)
+    with writing(cache):
+        name = _name([catalog.raw_hash(s, cache) for s in sources], sources, vocab_size)
+        with building(root, name, lambda folder: (folder / "tokenizer.json").is_file()) as folder:
+            if folder is not None:
+                _train(sources, vocab_size, Path(cache), folder)
+                publish(folder, root / name)
+        write_json(Path(cache) / "lookup" / f"{stamp}.json", {"tokenizer": name})
     return str(root / name / "tokenizer.json")
 
 

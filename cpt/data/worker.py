@@ -52,6 +52,7 @@ class Tokeniser:
     def __init__(self, task: Task) -> None:
         self.task = task
         self._fast = task.encoder == FAST
+        self._broken = 0  # times that the fast encoder failed
         self._reference: Reference | None = None
         self._encoder: Encoder = Fast(task.encoding) if self._fast else self.reference
 
@@ -91,18 +92,30 @@ class Tokeniser:
                 train_bytes += len(data)
             if self._fast and (number // 7 % CHECK_EVERY == 0 or (first and len(check) < CHECK_FIRST)):
                 check.append(text)
-        differ = sum(not equal(self._encoder.encode([t]), self.reference.encode([t])) for t in check)
+        differ = sum(not equal(self._encode([t]), self.reference.encode([t])) for t in check)
         return Encoded(
-            wrap(*self._encoder.encode(train), self.task.encoding),
-            wrap(*self._encoder.encode(valid), self.task.encoding),
+            wrap(*self._encode(train), self.task.encoding),
+            wrap(*self._encode(valid), self.task.encoding),
             np.asarray(valid_bytes, "<i8"),
             train_bytes,
             empty,
             least,
             len(check),
-            differ,
+            differ + self._broken,
             piece.size,
         )
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Ids of texts; a failure of the fast encoder counts as a difference."""
+        if not self._fast:
+            return self._encoder.encode(texts)
+        try:
+            return self._encoder.encode(texts)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a panic of the Rust library is no `Exception`
+            self._broken += 1
+            return self.reference.encode(texts)
 
 
 def main(descriptor: int) -> None:
