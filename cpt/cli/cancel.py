@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+if TYPE_CHECKING:
+    from cpt.stages.lock import Holder
+
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder of a run, or its name under `runs`.", show_default=False)
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Return only when it has stopped.")]
-Runs = Annotated[str, typer.Option("--runs", help="Folder that holds the runs.")]
 
 
-def command(run: Run, wait: Wait = False, runs: Runs = "runs") -> int:
+def command(run: Run, wait: Wait = False) -> int:
     """Ask a run to save and stop. The command that started it ends with exit code 75 and goes on from there."""
     import time
 
     from cpt.base.files import write_atomic
     from cpt.cli.flags import note, result
+    from cpt.report.runs import find_run
     from cpt.stages.attempt import STOP_FILE
 
-    folder = find_run(run, runs)
+    folder = find_run(run)
     holders = holders_of(folder)
     if not holders:
         note(f"run `{folder.name}` is not running; nothing to stop")
@@ -32,25 +37,7 @@ def command(run: Run, wait: Wait = False, runs: Runs = "runs") -> int:
     return 0
 
 
-def find_run(run: str, runs: str) -> Path:
-    """The folder of a run that a person named, by name or by path.
-
-    Raises:
-        UsageError: there is none; names the nearest one.
-    """
-    from cpt.base.errors import UsageError
-    from cpt.base.registry import unknown
-
-    for folder in (Path(run), Path(runs) / run):
-        if (folder / "plan.json").is_file():
-            return folder.resolve()
-    known = [p.parent.name for p in Path(runs).glob("*/plan.json")]
-    if not known:
-        raise UsageError(f"there is no run `{run}`, and none at all in `{runs}`", "give the folder of a run")
-    raise unknown("run", run, known)
-
-
-def holders_of(folder: Path) -> list:  # type: ignore[type-arg]
+def holders_of(folder: Path) -> list[Holder]:
     """Who works on a run just now: on the whole, and on single stages."""
     from cpt.stages.lock import live_holder
 

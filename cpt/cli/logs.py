@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cpt.cli.cancel import Run, Runs
+from cpt.cli.cancel import Run
 
 Stage = Annotated[str | None, typer.Option("--stage", "-s", help="A stage; the newest one that ran unless given.")]
 Attempt = Annotated[int | None, typer.Option("--attempt", help="An attempt at the stage; the newest unless given.")]
@@ -23,13 +23,12 @@ def command(
     attempt: Attempt = None,
     follow: Follow = False,
     lines: Lines = 200,
-    runs: Runs = "runs",
 ) -> int:
     """Print the log of a rank."""
-    from cpt.cli.cancel import find_run
     from cpt.cli.flags import note
+    from cpt.report.runs import find_run
 
-    folder = find_run(run, runs)
+    folder = find_run(run)
     stage_dir = _stage_dir(folder, stage)
     attempt_dir = _attempt_dir(stage_dir, attempt)
     path = _log(attempt_dir, rank)

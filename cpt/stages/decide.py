@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt.plan.types import StagePlan, to_json
+from cpt.plan.diff import diff
+from cpt.plan.types import RunPlan, StagePlan, to_json
 from cpt.stages import state
 from cpt.stages.state import State
 
@@ -98,29 +99,29 @@ def _run_of(stage_dir: Path) -> str:
     return stage_dir.parent.parent.name
 
 
-def stage_changes(old: StagePlan, new: StagePlan) -> list[str]:
-    """How two versions of a stage differ in what changes a result, value by value."""
-    skipped = {"fingerprint", "keep_steps", "parallel", "saving", "evaluate", "log_every", "name"}
-    before, after = _flat(to_json(old), skipped), _flat(to_json(new), skipped)
+def changes(old: RunPlan, new: RunPlan, stage: str | None = None) -> list[str]:
+    """How two plans differ in what changes a result, value by value: of the whole run, or of what one stage reads."""
     found = []
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            shown = key.removeprefix("train.")
-            found.append(f"`{shown}` {_show(before.get(key))} → {_show(after.get(key))}")
+    for one in diff(old, new):
+        if one.changes_result and (stage is None or _concerns(one.key, stage, new)):
+            key = one.key.removeprefix(f"stages.{stage}.").removeprefix("train.") if stage else one.key
+            found.append(f"`{key}` {_show(one.a)} → {_show(one.b)}")
     return found
 
 
-def _flat(value: Any, skipped: set[str], prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if key not in skipped:
-            found |= _flat(inner, skipped, f"{prefix}.{key}" if prefix else str(key))
-    return found
+def _concerns(key: str, stage: str, plan: RunPlan) -> bool:
+    """Whether a value of a plan is a stage's own, or one that it shares with others."""
+    parts = key.split(".")
+    if parts[0] == "stages":
+        return parts[1] == stage
+    train = plan.stages[stage].train
+    if parts[0] == "sources" and train is not None:
+        return parts[1] in train.mixture or (train.replay is not None and parts[1] in train.replay.sources)
+    return True
 
 
 def _show(value: Any) -> str:
     if value is None:
         return "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

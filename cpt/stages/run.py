@@ -151,7 +151,7 @@ def _refuse_other_plan(plan: RunPlan, run_dir: Path, settings: Settings) -> None
     old = attempts.read_plan(run_dir)
     if old.id == plan.id:
         return
-    changes = reuse.plan_changes(old, plan)
+    changes = decide.changes(old, plan)[:20]
     done = [n for n in old.stages if state.read(attempts.stage_dir(run_dir, n)).status == state.DONE]
     broken = [n for n in done if n not in plan.stages or plan.stages[n].fingerprint != old.stages[n].fingerprint]
     if broken:
@@ -318,7 +318,7 @@ class _Stages:
         if "guard" in decision.why:
             return GuardStop(
                 message,
-                f"`stages.{stage.name}.stop_if=null` or a higher `loss_rises`, with `--accept-changes`, goes on",
+                f"`stages.{stage.name}.stop_if=null` or a higher `loss_rises` goes on",
             )
         return UsageError(message, "choose another `name`, or `--fresh` to start again in a new folder")
 

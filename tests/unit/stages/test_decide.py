@@ -6,10 +6,10 @@ from pathlib import Path
 
 from cpt.plan.types import StopIf
 from cpt.stages import decide, state
-from cpt.stages.decide import Decision, Found, stage_changes
+from cpt.stages.decide import Decision, Found, changes
 from cpt.stages.decide import decide as decided
 from cpt.stages.state import State
-from tests.unit.stages.plans import changed, stage
+from tests.unit.stages.plans import changed, plan, stage
 
 DONE = State(status=state.DONE, attempt=1, step=100, fingerprint="f1")
 
@@ -50,7 +50,7 @@ def test_own_progress_is_not_thrown_away_for_another_runs_result() -> None:
 
 def test_a_stage_done_under_another_plan_is_never_overwritten() -> None:
     other = changed(stage(), "f2", mixture={"web": 0.5, "pubmed": 0.5})
-    decision = decided(other, Found(state=DONE, changed=stage_changes(stage(), other)))
+    decision = decided(other, Found(state=DONE, changed=changes(plan(stage()), plan(other), "domain")))
     assert decision.action == decide.REFUSE
     assert "`mixture.web` 0.3 → 0.5" in decision.why
 
@@ -71,7 +71,7 @@ def test_an_ended_guard_holds_until_the_guard_or_the_stage_changes() -> None:
 
 def test_a_stage_that_never_ran_names_what_differs_from_the_run_before() -> None:
     new = changed(stage(), "f2", mixture={"web": 0.4, "pubmed": 0.6})
-    found = Found(state=State(), than="medical-aaaaaa", changed=stage_changes(stage(), new))
+    found = Found(state=State(), than="medical-aaaaaa", changed=changes(plan(stage()), plan(new), "domain"))
     assert "differs from run `medical-aaaaaa`: `mixture.pubmed` 0.7 → 0.6" in decided(new, found).why
 
 
@@ -88,4 +88,13 @@ def test_a_first_run_just_says_that_it_never_ran() -> None:
 def test_changes_that_keep_the_result_are_not_named() -> None:
     from cpt.plan.types import Parallel
 
-    assert stage_changes(stage(), changed(stage(), "f1", parallel=Parallel(tp=2), log_every=10)) == []
+    other = changed(stage(), "f1", parallel=Parallel(tp=2), log_every=10)
+    assert changes(plan(stage()), plan(other), "domain") == []
+
+
+def test_a_change_of_one_stage_is_not_told_of_another() -> None:
+    anneal = stage("anneal", "domain", fingerprint="f3")
+    other = changed(anneal, "f4", seed=2)
+    assert changes(plan(stage(), anneal), plan(stage(), other), "domain") == []
+    assert changes(plan(stage(), anneal), plan(stage(), other), "anneal") == ["`seed` 1 → 2"]
+    assert changes(plan(stage(), anneal), plan(stage(), other)) == ["`stages.anneal.train.seed` 1 → 2"]

@@ -1,0 +1,210 @@
+"""`cpt run`: do what a recipe says, or go on with what is not done yet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpt.cli.flags import Json, Overrides, Yes
+
+if TYPE_CHECKING:
+    from cpt.base.events import Event
+    from cpt.plan.types import RunPlan
+    from cpt.report.terminal import Display
+    from cpt.stages.run import Result
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing, as `cpt plan` does.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again in a new folder; the old one stays as it is.")]
+Accept = Annotated[bool, typer.Option("--accept-changes", help="Go on with unfinished stages under a changed plan.")]
+Every = Annotated[int | None, typer.Option("--every", min=1, help="Steps between two lines when not in a terminal.")]
+
+
+def command(
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    accept_changes: Accept = False,
+    yes: Yes = False,
+    every: Every = None,
+    json: Json = False,
+) -> int:
+    """Do what a recipe says, or go on with what is not done yet; the same command goes on after any stop."""
+    from cpt.cli.flags import talk
+    from cpt.config import build
+    from cpt.stages.run import Settings, run
+
+    if dry_run:
+        from cpt.cli import plan
+
+        return plan.command(overrides=overrides, json=json) or 0
+    texts = list(overrides or [])
+    first = build.plan(None, texts)
+    if not json and not talk.quiet:
+        _show_plan(first)
+    settings = Settings(
+        command=["cpt", *sys.argv[1:]],
+        cwd=Path.cwd(),
+        environ=os.environ,
+        fresh=fresh,
+        accept_changes=accept_changes,
+    )
+    screen = Screen(quiet=talk.quiet, every=every)
+    try:
+        result = run(lambda: build.plan(None, texts), settings, screen.tell, screen.started)
+    finally:
+        screen.close()
+    return _finish(result, screen, json)
+
+
+class Screen:
+    """Where the run's events become text on stderr."""
+
+    def __init__(self, quiet: bool, every: int | None) -> None:
+        self.quiet, self.every = quiet, every
+        self.display: Display | None = None
+        self.sinks: list[Any] = []
+
+    def started(self, result: Result) -> None:
+        """The plan is final and the run folder is ours."""
+        from cpt.report.terminal import make_display
+
+        self.display = make_display(result.plan, sys.stderr, sys.stderr.isatty(), every=self.every, quiet=self.quiet)
+        if not self.quiet:
+            self.line(f"run     {result.run_dir}")
+
+    def tell(self, event: Event) -> None:
+        """Show one event."""
+        kind, stage = event.get("kind"), str(event.get("stage", ""))
+        if kind == "note":
+            self.line(f"note: {event.get('text')}")
+        elif kind == "stage":
+            self.line(f"{stage}  {_status(event)}")
+        elif kind == "data":
+            self._data(event)
+        elif self.display is not None and "attempt" in event:
+            self.display.event(stage, event)
+
+    def line(self, text: str) -> None:
+        """One line, unless `--quiet`."""
+        if self.quiet:
+            return
+        if self.display is not None:
+            self.display.note(text)
+            return
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.display is not None:
+            self.display.close()
+
+    def _data(self, event: Event) -> None:
+        """A long preparation says how far it is: in a terminal on one line that is rewritten."""
+        from cpt.base.units import show_bytes, show_count
+
+        if self.quiet:
+            return
+        name = event.get("source")
+        if event.get("done"):
+            clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+            self.line(f"{clear}data    {name}  {show_count(event['tokens'])} tokens")
+        elif sys.stderr.isatty():
+            read, total = show_bytes(event["bytes"]), show_bytes(event["total_bytes"])
+            sys.stderr.write(f"\r\x1b[Kdata    {name}  {read} of {total}, {show_count(event['tokens'])} tokens")
+            sys.stderr.flush()
+
+
+def _status(event: Event) -> str:
+    status, reason = event.get("status"), event.get("reason")
+    if status == "running":
+        return f"runs: {reason}"
+    return str(status) if not reason or reason == status else f"{status}: {reason}"
+
+
+def _show_plan(plan: RunPlan) -> None:
+    from cpt.cli import plan as plan_command
+
+    sys.stderr.write(plan_command.text(plan))
+
+
+def _finish(result: Result, screen: Screen, json: bool) -> int:
+    """The table, the report and the next command; then the error, if the run ended with one."""
+    from cpt.cli.flags import result as say
+    from cpt.cli.flags import result_json
+
+    page = _report(result.run_dir)
+    if json:
+        result_json(_as_json(result, page))
+    elif result.error is None or result.decisions:
+        if (table := _table(result.run_dir)) is not None:
+            say(table)
+        if page is not None:
+            say(f"report  {page}")
+    if result.error is not None:
+        raise result.error
+    if not json:
+        say(f"next    {_next(result)}")
+    return 0
+
+
+def _as_json(result: Result, page: Path | None) -> dict[str, Any]:
+    from cpt.stages import attempt, state
+
+    stages = {}
+    for name in result.plan.stages:
+        found = state.read(attempt.stage_dir(result.run_dir, name))
+        stages[name] = {"status": found.status, "step": found.step, "reason": found.reason}
+    return {
+        "run": str(result.run_dir),
+        "plan_id": result.plan.id,
+        "exit_code": result.exit_code,
+        "error": result.error.message if result.error else None,
+        "stages": stages,
+        "report": str(page) if page else None,
+    }
+
+
+def _report(run_dir: Path) -> Path | None:
+    """Write the report page. A page that cannot be made must not hide how the run ended."""
+    from cpt.cli.flags import warning
+
+    try:
+        from cpt.report import page
+
+        return page.write(run_dir)
+    except Exception as error:
+        warning(f"the report could not be written: {type(error).__name__}: {error}")
+        return None
+
+
+def _table(run_dir: Path) -> str | None:
+    from cpt.cli.flags import warning
+    from cpt.report.table import final_table
+
+    try:
+        return final_table(run_dir)
+    except Exception as error:
+        warning(f"what was gained and forgotten could not be counted: {type(error).__name__}: {error}")
+        return None
+
+
+def _next(result: Result) -> str:
+    """A command worth trying next."""
+    import shlex
+
+    for name, stage in reversed(list(result.plan.stages.items())):
+        if stage.kind == "train":
+            folder = os.path.relpath(result.run_dir / "stages" / name)
+            return (
+                f'cpt sample {shlex.quote(folder)} "The patient"'
+                if result.plan.recipe == "demo"
+                else f"cpt lineage {shlex.quote(folder)}"
+            )
+    return f"cpt status {shlex.quote(result.plan.name)}"
