@@ -1,0 +1,157 @@
+"""What a checkpoint folder that a person names says about itself, read from its small files only."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpt.base.errors import UsageError
+from cpt.base.files import canonical_json, hash_text, read_json
+from cpt.base.registry import nearest
+from cpt.plan.types import Lr, ModelConfig, from_json
+
+if TYPE_CHECKING:
+    from cpt.schedules.join import ParentLr
+
+_SLICE = 1 << 16  # bytes read at each of a few places of a weight file
+_PLACES = 16
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    kind: str  # hf | native
+    path: Path  # the folder of the weights: a Hugging Face folder, or an `iter_*` folder
+    identity: str
+    model: ModelConfig
+    tokenizer: Path | None = None  # folder or file; None: not beside the weights
+    tokenizer_hash: str | None = None  # as the manifest says
+    holds: tuple[str, ...] = ("weights",)  # what `keep` can take from it
+    lr: ParentLr | None = None
+
+
+def find(text: str, at: int | str | None, format_: str, cwd: Path, runs: Path) -> Checkpoint:
+    """The checkpoint that a person named: a Hugging Face folder, a checkpoint, a stage or a run.
+
+    Args:
+        text: as typed.
+        at: a step, for a folder with several checkpoints.
+        format_: auto | hf | native.
+        cwd: what a relative path is relative to.
+        runs: folder of runs, for the name of a run.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    path = (cwd / Path(text).expanduser()).resolve()
+    if not path.is_dir() and "/" not in text and (runs / text).is_dir():
+        path = (runs / text).resolve()
+    if not path.is_dir():
+        raise _no_folder(text, path)
+    is_hf = (path / "config.json").is_file()
+    if format_ == "hf" and not is_hf:
+        raise UsageError(f"`{text}` is not a Hugging Face folder: it has no `config.json`")
+    if is_hf and format_ != "native":
+        return _hf(path, text)
+    return _native(path, text, at)
+
+
+def _no_folder(text: str, path: Path) -> UsageError:
+    if path.exists():
+        return UsageError(f"`{text}` is a file, wanted the folder of a checkpoint")
+    parent = path.parent
+    if not parent.is_dir():
+        return UsageError(f"there is no folder `{text}`")
+    near = nearest(path.name, [p.name for p in parent.iterdir() if p.is_dir()])
+    hints = [f"did you mean `{Path(text).parent / near!s}`?"] if near else []
+    return UsageError(f"there is no folder `{text}`", *hints)
+
+
+def _hf(path: Path, text: str) -> Checkpoint:
+    from cpt.checkpoint import hf
+
+    files = sorted({f for pattern in _WEIGHTS for f in path.glob(pattern)})
+    if not files:
+        raise UsageError(f"`{text}` has a `config.json` but no weights", "`*.safetensors` files are wanted beside it")
+    if not any(f.suffix == ".safetensors" for f in files):
+        raise UsageError(
+            f"`{text}` has its weights as pickled files, which can run code when they are read",
+            "save them as `.safetensors` with transformers: `model.save_pretrained(folder)`",
+        )
+    model = hf.read_config(path)
+    weights = [f for f in files if f.suffix == ".safetensors"]
+    identity = hash_text(canonical_json([read_json(path / "config.json"), [_content(f) for f in weights]]))
+    tokenizer = path if (path / "tokenizer.json").is_file() else None
+    return Checkpoint(kind="hf", path=path, identity=identity, model=model, tokenizer=tokenizer)
+
+
+def _content(path: Path) -> list[Any]:
+    """Name, size and a hash of slices of a large file: its identity without reading all of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for i in range(_PLACES):
+            file.seek(max(0, (size - _SLICE)) * i // (_PLACES - 1))
+            digest.update(file.read(_SLICE))
+    return [path.name, size, digest.hexdigest()]
+
+
+def _native(path: Path, text: str, at: int | str | None) -> Checkpoint:
+    from cpt.checkpoint import manifest, store
+
+    if isinstance(at, int):
+        inside = [f / store.folder_name(at) for f in store.checkpoint_folders(path)]
+        whole = [f for f in inside if store.is_whole(f)]
+        if not whole:
+            raise UsageError(f"`{text}` has no whole checkpoint of step {at:,}")
+        folder = whole[0]
+    else:
+        folder = store.resolve(path)
+    facts = manifest.read(folder)
+    progress = dict(facts.progress)
+    holds = ["weights", "cursor"]
+    if facts.optimizer is not None:
+        holds.append("optimizer")
+    if facts.rng_ranks:
+        holds.append("rng")
+    lr = _parent_lr(progress)
+    if lr is not None:
+        holds.append("lr")
+    return Checkpoint(
+        kind="native",
+        path=folder,
+        identity=facts.identity,
+        model=facts.model,
+        tokenizer=_tokenizer_of_run(folder),
+        tokenizer_hash=facts.origin.tokenizer_hash,
+        holds=tuple(holds),
+        lr=lr,
+    )
+
+
+def _parent_lr(progress: dict[str, Any]) -> ParentLr | None:
+    """The lr that a native checkpoint ended on, with its curve."""
+    from cpt.schedules.join import ParentLr
+
+    said = progress.get("lr") or {}
+    if not isinstance(said, dict) or "last" not in said:
+        return None
+    curve = said.get("curve")
+    lr = from_json(Lr, curve) if isinstance(curve, dict) else None
+    return ParentLr(last=float(said["last"]), run_step=int(progress.get("run_step", 0)), lr=lr)
+
+
+def _tokenizer_of_run(folder: Path) -> Path | None:
+    """The tokenizer that the run of a native checkpoint used: `runs/<run>/stages/<stage>/checkpoints/iter_*`."""
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    try:
+        run = folder.parents[3]
+        path = read_json(run / "prepared.json").get("tokenizer")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    return Path(path) if path and Path(path).is_file() else None

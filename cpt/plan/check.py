@@ -1,0 +1,363 @@
+"""Rules across fields and stages. Pure: everything comes from the plan and from facts that are handed over.
+
+`check` raises one error that carries all broken rules; `warnings` gives what can run but is probably not meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from cpt.base.errors import CptError, PlanError
+from cpt.base.registry import unknown
+from cpt.base.units import show_count
+from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
+
+MANY_PASSES = (
+    4.0  # Muennighoff et al. 2023, arXiv:2305.16264: up to about 4 passes repeated text is nearly as good as new
+)
+WEIGHTS_ONLY = ("weights",)
+EVERYTHING = ("weights", "optimizer", "cursor", "lr", "rng")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """A checkpoint from outside of the run that a stage starts from, as far as rules need it."""
+
+    kind: str  # hf | native
+    identity: str
+    holds: tuple[str, ...] = WEIGHTS_ONLY
+    model: ModelConfig | None = None
+    tokenizer_hash: str | None = None
+
+
+def check(plan: RunPlan, outside: Mapping[str, Outside], num_devices: int | None = None) -> None:
+    """Refuse a plan that cannot be run.
+
+    Args:
+        plan: without fingerprints.
+        outside: facts of `base` and, by stage, of other checkpoints that stages start from.
+        num_devices: of the launcher; None = only the layout decides.
+
+    Raises:
+        PlanError: every broken rule, nearest cause first.
+    """
+    errors = list(broken(plan, outside, num_devices))
+    if errors:
+        raise PlanError(errors[0].message, *errors[0].hints, more=tuple(errors[1:]))
+
+
+def broken(plan: RunPlan, outside: Mapping[str, Outside], num_devices: int | None = None) -> Iterator[CptError]:
+    """Every broken rule of a plan."""
+    yield from _tokenizer(plan, outside)
+    for stage in plan.stages.values():
+        yield from _names(plan, stage)
+        yield from _start(plan, stage, outside)
+        if stage.train is not None:
+            yield from _data(plan, stage.name, stage.train)
+            yield from _layout(plan, stage.name, stage.train, num_devices)
+            yield from _no_effect(stage.name, stage.train)
+
+
+def _tokenizer(plan: RunPlan, outside: Mapping[str, Outside]) -> Iterator[CptError]:
+    model, size = plan.model, plan.tokenizer.vocab_size
+    if model is not None and size is not None and size > model.vocab_size:
+        yield PlanError(
+            f"the tokenizer has {size:,} tokens, but the model's vocabulary has {model.vocab_size:,} rows",
+            "use the tokenizer that the base model was trained with",
+        )
+    for name, facts in outside.items():
+        if facts.tokenizer_hash and plan.tokenizer.hash and facts.tokenizer_hash != plan.tokenizer.hash:
+            where = "the base checkpoint" if name == "base" else f"what stage `{name}` starts from"
+            yield PlanError(
+                f"{where} was trained with another tokenizer than `{plan.tokenizer.path}`",
+                "leave `tokenizer` out to take the base's own",
+            )
+        if name != "base" and facts.model is not None and model is not None and _shape(facts.model) != _shape(model):
+            yield PlanError(f"`stages.{name}.from` holds a model of another shape than the base")
+
+
+def _shape(model: ModelConfig) -> tuple[object, ...]:
+    return tuple(
+        getattr(model, n)
+        for n in (
+            "family",
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+        )
+    )
+
+
+def _names(plan: RunPlan, stage: StagePlan) -> Iterator[CptError]:
+    """Sources that are named somewhere but do not exist."""
+    uses: list[tuple[str, Iterable[str]]] = []
+    if stage.train is not None:
+        train = stage.train
+        uses = [("mixture", train.mixture), ("evaluate.sources", train.evaluate.sources)]
+        uses += [("replay.sources", train.replay.sources)] if train.replay else []
+        uses += [("stop_if.source", [train.stop_if.source])] if train.stop_if else []
+    elif "sources" in stage.options:
+        uses = [("sources", stage.options["sources"])]
+    for key, names in uses:
+        for name in names:
+            if name not in plan.sources:
+                error = unknown("source", name, plan.sources)
+                yield PlanError(f"`stages.{stage.name}.{key}`: {error.message}", *error.hints)
+
+
+def _start(plan: RunPlan, stage: StagePlan, outside: Mapping[str, Outside]) -> Iterator[CptError]:
+    """What a stage starts from, and what it may keep of that."""
+    where = f"stages.{stage.name}"
+    if stage.parent is None:
+        if stage.kind != "train":
+            yield PlanError(f"`{where}` starts from `base`, which is `scratch`: there is nothing to {stage.kind}")
+        if stage.keep:
+            kept = ", ".join(f"`{k}`" for k in stage.keep)
+            yield PlanError(f"`{where}.keep` has {kept}, but the stage starts from scratch", f"`{where}.keep=[]`")
+        return
+    if stage.train is None:
+        return
+    if "weights" not in stage.keep:
+        yield PlanError(f"`{where}.keep` has no `weights`: nothing of its parent would be continued", "add `weights`")
+    holds, what = _holds(plan, stage, outside)
+    for name in stage.keep:
+        if name not in holds:
+            has = ", ".join(f"`{h}`" for h in holds)
+            yield PlanError(f"`{where}.keep` has `{name}`, but {what} holds {has} only")
+
+
+def _holds(plan: RunPlan, stage: StagePlan, outside: Mapping[str, Outside]) -> tuple[tuple[str, ...], str]:
+    """What can be kept of a stage's parent, and what that is in words."""
+    parent: str | None = stage.parent
+    facts = outside.get("base" if parent == "base" else stage.name)
+    if facts is not None and (parent == "base" or parent not in plan.stages):
+        return facts.holds, "a Hugging Face folder" if facts.kind == "hf" else f"`{parent}`"
+    above = plan.stages.get(parent or "")
+    if above is None:
+        return EVERYTHING, f"`{parent}`"
+    if above.kind == "evaluate":
+        return _holds(plan, above, {**outside, above.name: outside[above.name]} if above.name in outside else outside)
+    if above.kind == "convert":
+        return WEIGHTS_ONLY, f"`{above.name}`, a converted checkpoint,"
+    return EVERYTHING, f"`{above.name}`"
+
+
+def _data(plan: RunPlan, name: str, train: Train) -> Iterator[CptError]:
+    reads = {**train.mixture, **(train.replay.sources if train.replay else {})}
+    for source in reads:
+        facts = plan.sources[source].facts if source in plan.sources else None
+        if facts is not None and facts.tokens == 0:
+            yield PlanError(f"`stages.{name}.mixture` has `{source}`, which has no tokens to train on")
+    for source in train.evaluate.sources:
+        known = plan.sources.get(source)
+        if known is not None and known.valid == 0 and not known.valid_paths:
+            yield PlanError(
+                f"`stages.{name}.evaluate.sources` has `{source}`, of which nothing is held out",
+                f"`sources.{source}.valid=1%` holds out a share, `valid_paths` names files",
+            )
+    if train.stop_if and train.stop_if.source in plan.sources and train.stop_if.source not in train.evaluate.sources:
+        yield PlanError(
+            f"`stages.{name}.stop_if.source` is `{train.stop_if.source}`, which `evaluate.sources` does not measure",
+            f"add `{train.stop_if.source}` to `stages.{name}.evaluate.sources`",
+        )
+
+
+def _layout(plan: RunPlan, name: str, train: Train, num_devices: int | None) -> Iterator[CptError]:
+    layout, model = train.parallel, plan.model
+    where = f"stages.{name}.parallel"
+    copies = train.micro_batch_size * layout.dp
+    if train.global_batch_size % copies:
+        fits = [d for d in range(1, layout.dp + 1) if train.global_batch_size % (train.micro_batch_size * d) == 0]
+        hints = (
+            [f"a `dp` of {fits[-1]} divides it"]
+            if fits
+            else ["make `micro_batch_size` a divisor of `global_batch_size`"]
+        )
+        yield PlanError(
+            f"`stages.{name}`: `global_batch_size` {train.global_batch_size} is not a multiple of "
+            f"`micro_batch_size` · `dp`, {train.micro_batch_size} · {layout.dp}",
+            *hints,
+        )
+    if num_devices is not None and layout.world_size > num_devices:
+        yield PlanError(
+            f"`{where}` needs {layout.world_size} devices (tp {layout.tp}, pp {layout.pp}, dp {layout.dp}), "
+            f"the launcher has {num_devices}"
+        )
+    if layout.sequence_parallel and layout.tp == 1:
+        yield PlanError(f"`{where}.sequence_parallel` would have no effect: `tp` is 1")
+    if layout.sequence_parallel and train.seq_length % layout.tp:
+        yield PlanError(
+            f"`stages.{name}.seq_length` {train.seq_length} is not a multiple of `tp` {layout.tp}, "
+            "which `sequence_parallel` needs"
+        )
+    if layout.vp > 1 and layout.pp == 1:
+        yield PlanError(f"`{where}.vp` {layout.vp} would have no effect: `pp` is 1")
+    elif layout.vp > 1 and (train.global_batch_size // max(1, copies)) % layout.pp:
+        yield PlanError(f"`{where}.vp` needs the micro batches of a step to be a multiple of `pp` {layout.pp}")
+    if model is not None:
+        yield from _layout_of_model(where, layout, model)
+
+
+def _layout_of_model(where: str, layout: Parallel, model: ModelConfig) -> Iterator[CptError]:
+    for number, what in (
+        (model.num_attention_heads, "attention heads"),
+        (model.num_query_groups, "key and value heads"),
+        (model.ffn_hidden_size, "MLP columns"),
+    ):
+        if number % layout.tp:
+            ways = [
+                str(t)
+                for t in range(1, layout.tp)
+                if model.num_attention_heads % t == 0 and model.num_query_groups % t == 0
+            ]
+            yield PlanError(
+                f"`{where}.tp` {layout.tp} does not divide the model's {number} {what}",
+                f"a `tp` of {' or '.join(ways[-3:])} does",
+            )
+            break
+    parts = layout.pp * layout.vp
+    if layout.layers is None:
+        if model.num_layers < parts:
+            yield PlanError(f"`{where}`: {parts} pipeline parts (pp · vp), but the model has {model.num_layers} layers")
+        elif layout.vp > 1 and model.num_layers % parts:
+            yield PlanError(
+                f"`{where}.vp`: {model.num_layers} layers do not divide evenly into {parts} parts (pp · vp)",
+                "`layers` gives an uneven split",
+            )
+    elif len(layout.layers) != parts:
+        yield PlanError(f"`{where}.layers` has {len(layout.layers)} parts, pp · vp is {parts}")
+    elif sum(layout.layers) != model.num_layers or min(layout.layers) < 1:
+        yield PlanError(
+            f"`{where}.layers` adds up to {sum(layout.layers)}, wanted {model.num_layers} with at least 1 in each part"
+        )
+
+
+def _no_effect(name: str, train: Train) -> Iterator[CptError]:
+    """Settings that another setting makes pointless."""
+    saving = train.saving
+    if saving.retain.every is not None and saving.every_steps is None:
+        yield PlanError(
+            f"`checkpoint.retain.every` would have no effect in stage `{name}`: `checkpoint.every` is not given"
+        )
+    if train.anomalies.spike == "rollback" and saving.every_steps is None:
+        yield PlanError(
+            f"`anomalies.spike: rollback` in stage `{name}` needs `checkpoint.every`: there is nothing to go back to"
+        )
+
+
+def warnings(plan: RunPlan, lr_before: Mapping[str, float], num_devices: int | None = None) -> list[str]:
+    """What can run but is probably not meant, one sentence each.
+
+    Args:
+        plan: checked.
+        lr_before: by stage, the lr of its parent at the step where it starts from it; absent = no parent with an lr.
+        num_devices: of the launcher.
+    """
+    found = [*_unused_sources(plan)]
+    for stage in plan.stages.values():
+        if stage.train is not None:
+            found += [*_lr_jump(stage, stage.train, lr_before.get(stage.name))]
+            found += [*_read_again(plan, stage, stage.train)]
+            found += [*_positions(plan, stage.name, stage.train)]
+            found += [*_idle(stage.name, stage.train, num_devices)]
+    return [*found, *_many_passes(plan)]
+
+
+def _unused_sources(plan: RunPlan) -> Iterator[str]:
+    used: set[str] = set(plan.tokenizer.train_on)
+    for stage in plan.stages.values():
+        if stage.train is not None:
+            used |= {*stage.train.mixture, *(stage.train.replay.sources if stage.train.replay else ())}
+        used |= set(stage.options.get("sources", ()))
+    for name in plan.sources:
+        if name not in used:
+            yield f"no stage trains on `{name}`"
+
+
+def _lr_jump(stage: StagePlan, train: Train, before: float | None) -> Iterator[str]:
+    first, peak, _ = train.lr.points
+    if "lr" in stage.keep and before:
+        if abs(first - before) > 0.1 * before:
+            yield f"the lr of `{stage.name}` jumps at its start, {before:.1e} → {first:.1e}, although `keep` has `lr`"
+    elif "optimizer" in stage.keep and before and first > 1.5 * before:
+        jump = f"{before:.1e} → {first:.1e}"
+        yield f"the lr of `{stage.name}` jumps at its start, {jump}, with a kept optimizer; a `warmup` would soften it"
+    elif "optimizer" not in stage.keep and first >= 0.999 * peak > 0 and train.steps > 1:
+        yield f"`{stage.name}` starts with a new optimizer at its highest lr, {first:.1e}; a `warmup` is usual"
+
+
+def ancestors(plan: RunPlan, stage: StagePlan) -> Iterator[StagePlan]:
+    """The stages that a stage's weights have gone through, nearest first."""
+    parent = plan.stages.get(stage.parent or "")
+    while parent is not None:
+        yield parent
+        parent = plan.stages.get(parent.parent or "")
+
+
+def _read_again(plan: RunPlan, stage: StagePlan, train: Train) -> Iterator[str]:
+    if "cursor" in stage.keep:
+        return
+    for above in ancestors(plan, stage):
+        if above.train is None:
+            continue
+        both = [n for n in train.mixture if n in above.train.mixture]
+        for name in both:
+            yield (
+                f"`{stage.name}` reads `{name}` from its beginning again, which `{above.name}` has read; "
+                "`cursor` in `keep` goes on behind it"
+            )
+        if both:
+            return
+
+
+def _positions(plan: RunPlan, name: str, train: Train) -> Iterator[str]:
+    longest = plan.model.max_position_embeddings if plan.model is not None else None
+    if longest is not None and train.seq_length > longest:
+        yield f"`{name}`: `seq_length` {train.seq_length:,} is more than the {longest:,} positions that the model knows"
+
+
+def _idle(name: str, train: Train, num_devices: int | None) -> Iterator[str]:
+    if num_devices and train.parallel.world_size < num_devices:
+        yield f"`{name}` uses {train.parallel.world_size} of {num_devices} devices"
+
+
+def tokens_by_source(train: Train) -> dict[tuple[str, str], float]:
+    """Tokens that a stage reads, by (source, role)."""
+    replayed = train.tokens * train.replay.share if train.replay else 0.0
+    found = {(name, "new"): (train.tokens - replayed) * share for name, share in train.mixture.items()}
+    if train.replay:
+        found |= {(name, "replay"): replayed * share for name, share in train.replay.sources.items()}
+    return found
+
+
+def passes(plan: RunPlan, stage: StagePlan) -> dict[str, float]:
+    """How often each corpus has been read when a stage ends, over the stages that its weights went through."""
+    found: dict[str, float] = {}
+    for one in [stage, *ancestors(plan, stage)]:
+        if one.train is None:
+            continue
+        for (name, _), tokens in tokens_by_source(one.train).items():
+            source = plan.sources.get(name)
+            if source is not None and source.facts is not None and source.facts.tokens:
+                found[name] = found.get(name, 0.0) + tokens / source.facts.tokens
+    return found
+
+
+def _many_passes(plan: RunPlan) -> Iterator[str]:
+    most: dict[str, float] = {}
+    for stage in plan.stages.values():
+        for name, count in passes(plan, stage).items():
+            most[name] = max(most.get(name, 0.0), count)
+    for name, count in most.items():
+        if count > MANY_PASSES + 0.05:
+            facts = plan.sources[name].facts
+            about = "about " if facts is None or facts.estimated else ""
+            size = show_count(facts.tokens) if facts else "?"
+            yield (
+                f"`{name}` ({size} tokens) is read {about}{count:.1f} times; "
+                "past about 4 passes repeated text helps little (arXiv:2305.16264)"
+            )
