@@ -57,7 +57,7 @@ def steps(checkpoints: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 def newest_whole(checkpoints: str | os.PathLike[str]) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest whole checkpoint of a folder, and the newer ones that had to be skipped, each with the reason."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for _, folder in reversed(steps(checkpoints)):
         why = why_not_whole(folder)
         if why is None:

@@ -1,0 +1,181 @@
+"""Reads pickles of checkpoints without running any of their code.
+
+`.metadata`, `common.pt` and the records of `.distcp` files are pickles. A pickle can name any function to be called;
+this reader knows a closed list of harmless ones, and makes every other class an `Inert` record that only keeps fields.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import zipfile
+from typing import IO, Any, ClassVar
+
+from cpt.base.errors import UsageError
+
+_SCALARS = {
+    ("builtins", name): value
+    for name, value in {
+        "set": set,
+        "frozenset": frozenset,
+        "list": list,
+        "dict": dict,
+        "tuple": tuple,
+        "int": int,
+        "float": float,
+        "bool": bool,
+        "str": str,
+        "bytes": bytes,
+        "bytearray": bytearray,
+        "complex": complex,
+        "slice": slice,
+        "range": range,
+    }.items()
+}
+_KNOWN: dict[tuple[str, str], Any] = {
+    **_SCALARS,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "deque"): collections.deque,
+    ("torch", "Size"): tuple,
+}
+_FLOATS = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"}
+_DTYPES = _FLOATS | {"bool", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"}
+
+
+class Inert:
+    """What a pickle says about an object of a class that is not rebuilt: its class, arguments and fields."""
+
+    module: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    args: tuple[Any, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        made = super().__new__(cls)
+        made.args = args
+        made.__dict__.update(kwargs)
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            if isinstance(part, dict):
+                self.__dict__.update({str(k): v for k, v in part.items()})
+        self.__dict__.setdefault("state", parts)
+
+    # A pickle may append to or set items of any object: keep nothing, fail on nothing.
+    def append(self, value: Any) -> None: ...
+    def extend(self, values: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __repr__(self) -> str:
+        return f"<{self.module}.{self.name}>"
+
+
+class Dtype(str):
+    """Name of a torch dtype, such as `bfloat16`."""
+
+
+class Storage:
+    """A tensor's storage inside a torch zip: dtype, member name and number of elements."""
+
+    def __init__(self, dtype: str, key: str, numel: int) -> None:
+        self.dtype, self.key, self.numel = dtype, key, numel
+
+
+class TensorRecord:
+    """What a torch zip says about a tensor; its values lie in the member `data/<storage.key>`."""
+
+    def __init__(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the values are the storage's, in order, from its start."""
+        expected, numel = [], 1
+        for length in reversed(self.size):
+            expected.append(numel)
+            numel *= length
+        ordered = all(
+            length == 1 or a == b for length, a, b in zip(self.size, self.stride, reversed(expected), strict=True)
+        )
+        return self.offset == 0 and ordered and self.storage.numel == numel
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+    if not isinstance(storage, Storage):
+        return Inert(storage, offset, size, stride)
+    return TensorRecord(storage, int(offset), tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+_STORAGE_DTYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == "torch":
+            if name in _DTYPES:
+                return Dtype(name)
+            if name in _STORAGE_DTYPES:
+                return Dtype(_STORAGE_DTYPES[name])
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return _rebuild_tensor
+        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
+            return _rebuild_parameter
+        return type(name.rsplit(".", 1)[-1] or "Inert", (Inert,), {"module": module, "name": name})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Dtype):
+            return Storage(str(pid[1]), str(pid[2]), int(pid[4]))
+        return Inert(pid)
+
+
+def load(file: IO[bytes], what: object) -> Any:
+    """The value of a pickle; classes outside the closed list become `Inert`.
+
+    Args:
+        what: name of the file, for messages.
+
+    Raises:
+        UsageError: the bytes are not a whole pickle.
+    """
+    try:
+        return _Reader(file).load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UsageError(f"`{what}` is damaged or not a checkpoint file: {error or type(error).__name__}") from None
+
+
+def load_zip(file: IO[bytes], what: object) -> Any:
+    """The value of a file written by `torch.save`; tensors become `TensorRecord`, their values are not read.
+
+    Raises:
+        UsageError: the bytes are not such a file.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+        member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
+        data = archive.read(member)
+    except (zipfile.BadZipFile, StopIteration, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"`{what}` is damaged or was cut off: {error or 'no content'}") from None
+    return load(io.BytesIO(data), what)
