@@ -134,8 +134,11 @@ class _Rank:
         started = self.report.clock()
         outcome = loop.run()
         if outcome == "rollback":
-            if loop.rollback_step in skips:
-                raise StageFailed(f"step {loop.rollback_step + 1} was left out already and is bad again")
+            if len(skips) >= train.anomalies.max_skips:
+                raise StageFailed(
+                    f"step {loop.rollback_step + 1}: {loop.rollback_reason}; {len(skips)} steps were left out already",
+                    "a lower lr, or a look at the data around these steps, is the usual cure",
+                )
             skips[loop.rollback_step] = f"left out after a rollback: {loop.rollback_reason}"
             if self.rank == 0:
                 write_json(self.stage_dir / SKIPS, {str(step): why for step, why in skips.items()})
