@@ -1,0 +1,52 @@
+"""What the report says, as data: `cpt report --json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cpt.report.history import read_run
+
+
+def report_json(run_dir: Path) -> dict[str, Any]:
+    """Losses after each stage, changes, transfer measures and gaps of a run."""
+    run = read_run(run_dir)
+    account = run.account
+    matrix = account.matrix
+    measures: dict[str, Any] = {}
+    if matrix is not None:
+        for name in ("overall", "backward_transfer", "forward_transfer", "forgetting", "learned_loss", "retained_loss"):
+            measures[name] = asdict(getattr(matrix, name)())
+        measures["fuar"] = matrix.fuar()
+    return {
+        "run": run.plan.name,
+        "plan": run.plan.id,
+        "stages": {name: state.status for name, state in run.states.items()},
+        "chain": list(account.chain),
+        "against": account.before,
+        "losses": [
+            {
+                "after": row.stage,
+                "provisional": row.provisional,
+                "losses": {d: asdict(x) for d, x in row.losses.items()},
+            }
+            for row in account.rows
+        ],
+        "changes": [
+            {
+                "domain": c.domain,
+                "role": c.role,
+                "before": c.before.loss,
+                "after": c.after.loss,
+                "nats_per_token": c.nats,
+                "bits_per_byte": c.bits_per_byte,
+                "noise": c.noise,
+                "verdict": c.verdict,
+            }
+            for c in account.changes
+        ],
+        "measures": measures,
+        "problem": account.problem,
+        "gaps": {stage: {d: asdict(gap) for d, gap in gaps.items()} for stage, gaps in account.gaps.items()},
+    }

@@ -1,0 +1,198 @@
+"""The tables of the report page, as rows of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cpt.base.events import Event
+from cpt.evaluate import Account
+from cpt.plan.types import StagePlan, Train
+from cpt.report import show
+from cpt.report.history import RunHistory
+
+REPLAY = " (replay)"
+MOST_MATTERS = 200
+
+
+class Colours:
+    """One colour a source, the same in every chart and table; its replay has the same."""
+
+    def __init__(self, run: RunHistory) -> None:
+        self._known = {name: i for i, name in enumerate(run.plan.sources)}
+
+    def of(self, source: str) -> int:
+        """Index of the colour of a source or of its replay."""
+        name = source.removesuffix(REPLAY)
+        return self._known.setdefault(name, len(self._known))
+
+
+def loss_rows(account: Account) -> list[dict[str, Any]]:
+    """Gained and forgotten by domain, with bars whose length is the share of the largest change."""
+    largest = max((abs(c.nats) for c in account.changes), default=0.0) or 1.0
+    return [
+        {
+            "domain": c.domain,
+            "role": c.role,
+            "before": c.before.loss,
+            "after": c.after.loss,
+            "nats": c.nats,
+            "bpb": c.bits_per_byte,
+            "verdict": c.verdict,
+            "noise": c.noise,
+            "bar": 50 * abs(c.nats) / largest,
+        }
+        for c in account.changes
+    ]
+
+
+def asked(train: Train) -> dict[str, float]:
+    """Share of all tokens of a stage by source, replay named apart."""
+    replay = train.replay
+    part = replay.share if replay else 0.0
+    total = sum(train.mixture.values()) or 1.0
+    shares = {name: (1 - part) * share / total for name, share in train.mixture.items()}
+    if replay and part:
+        again = sum(replay.sources.values()) or 1.0
+        shares |= {name + REPLAY: part * share / again for name, share in replay.sources.items()}
+    return {name: share for name, share in shares.items() if share > 0}
+
+
+def mixture_rows(run: RunHistory, colours: Colours) -> list[dict[str, Any]]:
+    """For each train stage the shares that were asked for and those that were given."""
+    found = []
+    for name, stage in run.plan.stages.items():
+        if stage.train is None:
+            continue
+        given = _last_given(run.events[name])
+        total = sum(given.values())
+        wanted = asked(stage.train)
+        rows = [
+            {
+                "source": source,
+                "colour": colours.of(source) % 8,
+                "replay": source.endswith(REPLAY),
+                "asked": wanted.get(source, 0.0),
+                "given": given.get(source, 0.0) / total if total else None,
+                "tokens": given.get(source, 0.0),
+                "epochs": _epochs(run, source, given.get(source, 0.0)),
+            }
+            for source in dict.fromkeys([*wanted, *given])
+        ]
+        found.append({"stage": name, "rows": rows, "tokens": total})
+    return found
+
+
+def _last_given(events: tuple[Event, ...]) -> dict[str, float]:
+    for event in reversed(events):
+        if event.get("kind") == "step" and isinstance(event.get("given"), dict):
+            return {str(k): float(v) for k, v in event["given"].items() if isinstance(v, int | float)}
+    return {}
+
+
+def _epochs(run: RunHistory, source: str, tokens: float) -> float | None:
+    known = run.plan.sources.get(source.removesuffix(REPLAY))
+    return tokens / known.facts.tokens if known and known.facts and known.facts.tokens else None
+
+
+def stage_rows(run: RunHistory) -> list[dict[str, Any]]:
+    """The stages as links from parent to child."""
+    return [_stage_row(run, name, stage) for name, stage in run.plan.stages.items()]
+
+
+def _stage_row(run: RunHistory, name: str, stage: StagePlan) -> dict[str, Any]:
+    train, state = stage.train, run.states[name]
+    start = "scratch" if stage.parent is None else stage.parent
+    at = f"@{stage.parent_at}" if stage.parent_at is not None else ""
+    keeps = ", ".join(stage.keep) or "nothing"
+    return {
+        "name": name,
+        "kind": stage.kind,
+        "status": state.status,
+        "reason": state.reason,
+        "reused": state.reference,
+        "from": f"{start}{at}" + (f", keeps {keeps}" if stage.parent is not None and train else ""),
+        "tokens": show.show_count(train.tokens) if train else "",
+        "steps": f"{train.steps:,}" if train else "",
+        "lr": " → ".join(show.lr(x) for x in train.lr.points) if train else "",
+        "schedule": train.lr.schedule if train else options(stage.options),
+        "mixture": ", ".join(f"{s} {show.share(x)}" for s, x in asked(train).items()) if train else "",
+        "layout": _layout(train) if train else "",
+    }
+
+
+def options(given: Mapping[str, Any]) -> str:
+    """Options of a stage that does not train, in one line."""
+    return ", ".join(f"{key} {value}" for key, value in given.items())
+
+
+def _layout(train: Train) -> str:
+    p = train.parallel
+    return f"tp {p.tp} × pp {p.pp} × dp {p.dp}, {train.precision}"
+
+
+def time_rows(run: RunHistory) -> list[dict[str, Any]]:
+    """Where the time of each stage went."""
+    found = []
+    for name, stage in run.plan.stages.items():
+        attempts: dict[int, list[float]] = {}
+        spent = {"eval": 0.0, "save": 0.0}
+        tokens = 0.0
+        for event in run.events[name]:
+            kind = event.get("kind")
+            if isinstance(event.get("t"), int | float):
+                attempts.setdefault(int(event.get("attempt", 1)), []).append(float(event["t"]))
+            if kind in spent and isinstance(event.get("seconds"), int | float):
+                spent[kind] += float(event["seconds"])
+            if kind == "step" and isinstance(event.get("tokens"), int | float):
+                tokens = max(tokens, float(event["tokens"]))
+        if not attempts or stage.train is None:
+            continue
+        wall = sum(max(times) - min(times) for times in attempts.values())
+        found.append(
+            {
+                "name": name,
+                "attempts": len(attempts),
+                "wall": wall,
+                "eval": spent["eval"],
+                "save": spent["save"],
+                "train": max(0.0, wall - spent["eval"] - spent["save"]),
+                "speed": tokens / wall if wall > 0 else None,
+            }
+        )
+    return found
+
+
+def matters(run: RunHistory) -> list[dict[str, str]]:
+    """Warnings, skipped updates, stops, resumes, guards and failures, in order; the newest when there are very many."""
+    found: list[tuple[float, dict[str, str]]] = []
+    for stage, events in run.events.items():
+        for event in events:
+            text = _matter(event)
+            if text is not None:
+                t = event.get("t")
+                found.append((float(t) if isinstance(t, int | float) else 0.0, {"stage": stage, **text}))
+    for stage, state in run.states.items():
+        if state.status == "failed":
+            found.append((state.updated, {"stage": stage, "what": "failed", "text": state.reason, "step": ""}))
+    found.sort(key=lambda pair: pair[0])
+    return [{**row, "t": show.moment(t) if t else ""} for t, row in found[-MOST_MATTERS:]]
+
+
+def _matter(event: Event) -> dict[str, str] | None:
+    kind, step = event.get("kind"), event.get("step")
+    at = f"{step:,}" if isinstance(step, int) else ""
+    if kind == "warning":
+        return {"what": "warning", "step": at, "text": show.plain(event.get("text", ""))}
+    if kind == "step" and event.get("skipped"):
+        return {"what": "skipped", "step": at, "text": show.plain(event["skipped"])}
+    if kind == "stop":
+        return {"what": "stop", "step": at, "text": show.plain(event.get("reason", ""))}
+    if kind == "guard":
+        source = show.plain(event.get("source", ""), 60)
+        values = [event.get(name) for name in ("before", "now")]
+        rose = " to ".join(show.loss(float(v)) for v in values if isinstance(v, int | float))
+        return {"what": "guard", "step": at, "text": f"the loss on `{source}` rose from {rose}"}
+    if kind == "stage_start" and event.get("resumed"):
+        return {"what": "resume", "step": at, "text": f"attempt {event.get('attempt', '')} goes on"}
+    return None
