@@ -305,14 +305,23 @@ def save_while_training_goes_on(root: str) -> bool:
     """Weights change right after an asynchronous save began; what lies on disk is what they were before."""
     import torch
 
+    from cpt.checkpoint import torch_dist
     from cpt.checkpoint.store import StageStore
 
+    write = torch_dist.write_records
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1)
+        return write(*args)
+
+    torch_dist.write_records = slow  # type: ignore[assignment]
     run = Run(LLAMA, Parallel(dp=2), "fp32")
     run.steps(0, 1)
     keeper = StageStore(root, Saving(asynchronous=True), origin=Origin())
     before = run.engine.bare_chunks()[0].state_dict()["decoder.final_layernorm.weight"].clone()
     folder = keeper.save(run.engine, progress(1), phase="train")
     run.steps(1, 2)
+    assert not store.is_whole(folder), "training went on while the save did"
     keeper.wait()
     found = Folder(folder)
     same = torch.equal(found.read("decoder.final_layernorm.weight"), before)
