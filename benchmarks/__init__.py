@@ -1,0 +1,1 @@
+"""Every figure that the docs state, measured again: `python -m benchmarks`."""
