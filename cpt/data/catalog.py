@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.base.files import canonical_json, hash_text, read_json, write_json
+from cpt.base.files import canonical_json, hash_text, read_json, write_atomic
 from cpt.data import readers
 from cpt.data.corpus import FORMAT, Corpus
 from cpt.plan.types import DataOptions, Source, SourceFacts, Tokenizer
@@ -101,9 +101,17 @@ def lookup(source: Source, tokenizer_hash: str, data: DataOptions, cache: str | 
     return Path(cache) / "lookup" / f"{name}.json"
 
 
-def remember(source: Source, tokenizer_hash: str, data: DataOptions, cache: str | Path, key: str) -> None:
-    """Write the lookup of a source."""
-    write_json(lookup(source, tokenizer_hash, data, cache), {"source": source.name, "corpus": key})
+def keep_tokenizer(tokenizer_file: str | Path, tokenizer_hash: str, cache: str | Path) -> None:
+    """Keep a copy of a tokenizer in the cache, so that its corpora can be decoded later."""
+    copy = Path(cache) / "tokenizers" / f"{tokenizer_hash[:32]}.json"
+    if not copy.is_file():
+        write_atomic(copy, Path(tokenizer_file).read_bytes())
+
+
+def tokenizer_copy(corpus: Corpus) -> Path | None:
+    """The cache's copy of the tokenizer that a corpus was made with."""
+    copy = corpus.folder.parent.parent / "tokenizers" / f"{corpus.catalog['tokenizer_hash'][:32]}.json"
+    return copy if copy.is_file() else None
 
 
 def entries(cache: str | Path) -> Iterator[Entry]:

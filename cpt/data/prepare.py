@@ -86,6 +86,7 @@ def prepare(
             if folder is not None:
                 _Builder(source, tokenizer_file, data, Path(cache), folder, workers, total, say).build(raw)
                 publish(folder, root / key)
+        catalog.keep_tokenizer(tokenizer_file, tokenizer_hash, cache)
         write_json(lookup, {"source": source.name, "corpus": key})
     return Corpus.open(root / key)
 
@@ -128,7 +129,7 @@ class _Builder:
                 "format": FORMAT,
                 "source": source.name,
                 "reader": source.reader,
-                "licence": source.licence,
+                "licence": source.licence or readers.reader(source).licence,
                 **result,
                 "vocab_size": tokenizers.vocab_size(self.tokenizer),
                 "tokenizer_hash": tokenizer_hash,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cpt.base.errors import UsageError
 from cpt.base.registry import Registry, nearest
@@ -17,7 +17,8 @@ from cpt.plan.types import Source
 class Reader:
     """One kind of source. Free of options, so that a name in a recipe is enough."""
 
-    wants_paths = False  # whether a source must name files
+    wants_paths: ClassVar[bool] = False  # whether a source must name files
+    licence: ClassVar[str | None] = None  # of the text, where it is known
 
     def stamp(self, source: Source) -> Any:
         """What the source is, as cheap JSON: equal stamps mean equal text."""
@@ -40,7 +41,7 @@ READERS: Registry[type[Reader]] = Registry("reader")
 class Files(Reader):
     """Your own files: JSON lines (plain, gz, zst), Parquet, Arrow, text (a document a file), Megatron `.bin/.idx`."""
 
-    wants_paths = True
+    wants_paths: ClassVar[bool] = True
 
     def stamp(self, source: Source) -> Any:
         return [stat_file(path) for path in both(source.paths)]
@@ -55,6 +56,8 @@ class Files(Reader):
 @dataclass(frozen=True)
 class PythonDocs(Reader):
     """Library documentation that is on the machine: Python's own topics and docstrings, sympy's docstrings."""
+
+    licence: ClassVar[str | None] = "PSF-2.0 and BSD-3-Clause"
 
     def stamp(self, source: Source) -> Any:
         from cpt.data import python_docs
@@ -74,6 +77,8 @@ class PythonDocs(Reader):
 @dataclass(frozen=True)
 class Icd10cm(Reader):
     """The ICD-10-CM tabular list (diseases and their codes, public domain) inside the package `simple-icd-10-cm`."""
+
+    licence: ClassVar[str | None] = "public domain (US government)"
 
     def stamp(self, source: Source) -> Any:
         from cpt.data import icd10cm
