@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.config import base as bases
+from cpt.config import machine
 from cpt.config import model as models
 from cpt.config import order as orders
 from cpt.config import sources as data
@@ -28,6 +29,7 @@ from cpt.config.read import Reading, complete, make, overlay, read
 from cpt.config.schema import PARALLEL, ROOT, Section, node_at
 from cpt.config.suggest import dotted
 from cpt.plan import check, fingerprint
+from cpt.plan.budget import check_memory
 from cpt.plan.types import (
     Base,
     DataOptions,
@@ -427,6 +429,7 @@ def _finish(
             tokenizer_hash=checkpoint.tokenizer_hash,
         )
     check.check(draft, facts, made.num_devices() if made is not None else None)
+    check_memory(draft, machine.devices())
     identities = {name: c.identity for name, c in outside.items()}
     done = fingerprint.with_fingerprints(draft, identities, _curves(stages))
     given = work.values.get("name")

@@ -1,0 +1,253 @@
+"""What a plan costs: FLOPs, memory, disk, time. Estimates, each with the basis it rests on.
+
+    FLOPs of a token, forward and backward:  6·P + 6·L·S·a·d      P parameters in matrix products (the output layer
+    included, the embedding not), L layers, S sequence length, a heads of width d; the attention term counts the lower
+    triangle only. Full recomputation repeats the forward pass: 4/3 of that.
+
+Source:
+    Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Korthikanti et al. 2022, arXiv:2205.05198, for activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cpt.base.errors import PlanError
+from cpt.base.units import show_bytes
+from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
+
+GIB = 2**30
+RUNTIME = {"cpu": 0.35 * 10**9, "gpu": 2 * 10**9}  # what a rank holds besides the model: libraries, buffers [bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What the ranks compute on.
+
+    Args:
+        kind: cpu | gpu.
+        flops_per_s: that one device keeps up in training; None = not known.
+        memory: of one device, for CPUs of the machine [bytes]; None = not known.
+        basis: where `flops_per_s` comes from, for people.
+        cores: of the machine, for CPUs: ranks share them.
+    """
+
+    kind: str = "cpu"
+    flops_per_s: float | None = None
+    memory: int | None = None
+    basis: str = ""
+    cores: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Speed of a finished stage that is like a planned one."""
+
+    tokens_per_s: float
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """Cost of one train stage."""
+
+    flops: float
+    seconds: float | None
+    basis: str  # of `seconds`
+    memory: float  # at peak, of one rank [bytes]
+    disk: float  # of the checkpoints that stay while the stage runs [bytes]
+    checkpoints: int  # that stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Cost of a run."""
+
+    stages: Mapping[str, StageCost]
+    devices: Devices
+    num_devices: int  # most that a stage uses
+    checkpoint_bytes: float  # one checkpoint with optimizer [bytes]
+    disk: float  # checkpoints and exports that stay when all is done [bytes]
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all stages one after the other [s]; None when the speed of the devices is not known."""
+        known = [s.seconds for s in self.stages.values() if s.seconds is not None]
+        return sum(known) if len(known) == len(self.stages) and known else None
+
+    @property
+    def flops(self) -> float:
+        """Of all stages."""
+        return sum(s.flops for s in self.stages.values())
+
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Parameters that take part in matrix products: without the embedding, with the output layer (tied or not)."""
+    embeddings = model.vocab_size * model.hidden_size
+    return model.num_parameters - embeddings * (1 if model.tie_embeddings else 2) + embeddings
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, recompute: str = "none") -> float:
+    """FLOPs of one token, forward and backward."""
+    attention = 6 * model.num_layers * seq_length * model.num_attention_heads * model.head_dim
+    once = 6 * matrix_parameters(model) + attention
+    return once * (4 / 3 if recompute == "full" else 1)
+
+
+def checkpoint_bytes(model: ModelConfig, precision: str) -> float:
+    """One native checkpoint with optimizer: fp32 main weights and two moments, and bf16 weights [bytes]."""
+    return model.num_parameters * (12 + (2 if precision == "bf16" else 0))
+
+
+def memory(model: ModelConfig, train: Train, kind: str = "gpu") -> float:
+    """Peak memory of the rank that needs most, the first or last of the pipeline [bytes]."""
+    layout = train.parallel
+    wide = 4 if train.precision == "fp32" else 2
+    parts = layout.tp * layout.pp
+    embeddings = model.vocab_size * model.hidden_size
+    body = model.num_parameters - embeddings * (1 if model.tie_embeddings else 2)
+    mine = body / parts + embeddings / layout.tp * (2 if layout.pp == 1 and not model.tie_embeddings else 1)
+    # Weights and fp32 gradients, fp32 moments and, with bf16, fp32 main weights.
+    moments = (8 if wide == 4 else 12) / (layout.dp if layout.distributed_optimizer else 1)
+    return mine * (wide + 4 + moments) + _activations(model, train, wide) + RUNTIME[kind]
+
+
+def _activations(model: ModelConfig, train: Train, wide: int) -> float:
+    """Activations of the micro batches that are under way on the first pipeline rank, and logits on the last [bytes]."""
+    layout, tokens = train.parallel, train.micro_batch_size * train.seq_length
+    per_layer = {
+        "none": 17 * tokens * model.hidden_size * wide
+        + 5 * train.micro_batch_size * model.num_attention_heads * train.seq_length**2 * wide / 2,
+        "selective": 17 * tokens * model.hidden_size * wide,
+        "full": tokens * model.hidden_size * wide,
+    }[train.recompute]
+    # The first rank holds pp micro batches of L / pp layers: L layers' worth.
+    under_way = min(layout.pp, train.global_batch_size // max(1, train.micro_batch_size * layout.dp)) / layout.pp
+    logits = 2 * tokens * model.vocab_size * 4 / layout.tp
+    return model.num_layers * max(under_way, 1 / layout.pp) * per_layer / layout.tp + logits
+
+
+def budget(plan: RunPlan, devices: Devices, measured: Mapping[str, Measured] | None = None) -> Budget:
+    """The cost of a plan.
+
+    Args:
+        plan: with a model.
+        devices: what the ranks compute on.
+        measured: by stage, the speed of a like stage of an earlier run.
+    """
+    assert plan.model is not None
+    model, stages = plan.model, {}
+    for name, stage in plan.stages.items():
+        if stage.train is not None:
+            stages[name] = _stage(model, stage, stage.train, devices, (measured or {}).get(name))
+    most = max((s.train.parallel.world_size for s in plan.stages.values() if s.train), default=1)
+    precision = next((s.train.precision for s in plan.stages.values() if s.train), "fp32")
+    one = checkpoint_bytes(model, precision)
+    exports = sum(1 for s in plan.stages.values() if s.kind == "convert")
+    disk = sum(s.disk for s in stages.values()) + exports * model.num_parameters * (2 if precision == "bf16" else 4)
+    return Budget(stages=stages, devices=devices, num_devices=most, checkpoint_bytes=one, disk=disk)
+
+
+def _stage(
+    model: ModelConfig, stage: StagePlan, train: Train, devices: Devices, measured: Measured | None
+) -> StageCost:
+    flops = train.tokens * flops_per_token(model, train.seq_length, train.recompute)
+    seconds, basis = None, "speed of the devices not known"
+    if measured is not None:
+        seconds, basis = train.tokens / measured.tokens_per_s, f"measured in run {measured.run}"
+    elif devices.flops_per_s:
+        at_work = train.parallel.world_size
+        at_work = min(at_work, devices.cores) if devices.kind == "cpu" else at_work
+        seconds, basis = flops / (devices.flops_per_s * at_work), devices.basis
+    stay = _checkpoints(stage, train)
+    return StageCost(
+        flops=flops,
+        seconds=seconds,
+        basis=basis,
+        memory=memory(model, train, devices.kind),
+        disk=stay * checkpoint_bytes(model, train.precision),
+        checkpoints=stay,
+    )
+
+
+def _checkpoints(stage: StagePlan, train: Train) -> int:
+    """Checkpoints of a stage that stay."""
+    saving, kept = train.saving, 1 + len(stage.keep_steps)
+    if saving.every_steps is not None:
+        written = (train.steps - 1) // saving.every_steps
+        per_step = train.global_batch_size * train.seq_length
+        spaced = train.tokens // saving.retain.every if saving.retain.every else 0
+        kept += min(written, saving.retain.last - 1 + min(spaced, train.tokens // (saving.every_steps * per_step)))
+    return kept
+
+
+def check_memory(plan: RunPlan, devices: Devices) -> None:
+    """Refuse a stage that cannot fit, with the two cheapest ways to make it fit.
+
+    Raises:
+        PlanError: the first stage of each kind of trouble; nothing when the memory of a device is not known.
+    """
+    if plan.model is None or devices.memory is None:
+        return
+    errors = []
+    for name, stage in plan.stages.items():
+        if stage.train is None:
+            continue
+        needed = _needed(plan.model, stage.train, devices)
+        if needed > devices.memory:
+            where = "this machine" if devices.kind == "cpu" else "a device"
+            ways = [
+                text
+                for text, train in _ways(name, stage.train)
+                if _needed(plan.model, train, devices) <= devices.memory
+            ]
+            hints = ways[:2] or ["more devices or a smaller model are needed"]
+            errors.append(
+                PlanError(
+                    f"stage `{name}` needs about {show_bytes(needed)} at peak, {where} has {show_bytes(devices.memory)}",
+                    *hints,
+                )
+            )
+    if errors:
+        raise PlanError(errors[0].message, *errors[0].hints, more=tuple(errors[1:]))
+
+
+def _needed(model: ModelConfig, train: Train, devices: Devices) -> float:
+    """Memory where it is short: of one device, or of all ranks of a machine without devices [bytes]."""
+    ranks = train.parallel.world_size if devices.kind == "cpu" else 1
+    return memory(model, train, devices.kind) * ranks
+
+
+def _ways(name: str, train: Train) -> Iterator[tuple[str, Train]]:
+    """Changes that need less memory, the cheapest first: those that cost least speed and no devices."""
+
+    def laid_out(**changes: int | bool) -> Train:
+        return dataclasses.replace(train, parallel=dataclasses.replace(train.parallel, **changes))  # type: ignore[arg-type]
+
+    layout: Parallel = train.parallel
+    if not layout.distributed_optimizer and layout.dp > 1:
+        yield f"`stages.{name}.parallel.distributed_optimizer=true`", laid_out(distributed_optimizer=True)
+    size = train.micro_batch_size
+    while size > 1:
+        size //= 2
+        if train.global_batch_size % (size * layout.dp) == 0:
+            yield f"`stages.{name}.micro_batch_size={size}`", dataclasses.replace(train, micro_batch_size=size)
+    for recompute in ("selective", "full"):
+        if train.recompute == "none" or (train.recompute, recompute) == ("selective", "full"):
+            yield f"`stages.{name}.recompute={recompute}`", dataclasses.replace(train, recompute=recompute)
+    for factor in (2, 4, 8):
+        if layout.dp % factor == 0:
+            yield (
+                f"`stages.{name}.parallel={{tp: {layout.tp * factor}, dp: {layout.dp // factor}}}`",
+                laid_out(tp=layout.tp * factor, dp=layout.dp // factor),
+            )
+    for factor in (2, 4, 8):
+        yield (
+            f"`stages.{name}.parallel.tp={layout.tp * factor}` on {factor} times the devices",
+            laid_out(tp=layout.tp * factor),
+        )
+    for dp in range(layout.dp // 2, 0, -1):
+        if train.global_batch_size % (train.micro_batch_size * dp) == 0:
+            yield f"`stages.{name}.parallel.dp={dp}`", laid_out(dp=dp)

@@ -1,0 +1,184 @@
+"""A plan for a person: what each stage does, what it reads, what it costs, what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cpt.plan.budget import Budget
+from cpt.plan.check import passes, tokens_by_source
+from cpt.plan.types import RunPlan, StagePlan, Train
+from cpt.report import show
+from cpt.report.table import aligned
+
+ABOUT = "≈"
+
+
+def plan_text(plan: RunPlan, budget: Budget | None, warnings: Sequence[str], next_command: str | None = None) -> str:
+    """The plan as text.
+
+    Args:
+        plan: checked.
+        budget: its cost; None leaves the line out.
+        warnings: one sentence each.
+        next_command: what to type next.
+    """
+    parts = [_head(plan), aligned(_stage_rows(plan), right=(1, 2))]
+    rows = _source_rows(plan)
+    if len(rows) > 1:
+        parts.append(aligned(rows, right=(2, 3, 4, 5)))
+    others = _other_stages(plan)
+    if others:
+        parts.append(others)
+    if budget is not None:
+        parts.append(_needs(plan, budget))
+    if warnings:
+        parts.append([f"warning: {show.plain(w)}" for w in warnings])
+    if next_command:
+        parts.append([f"next    `{next_command}`"])
+    return "\n\n".join("\n".join(line.rstrip() for line in lines) for lines in parts) + "\n"
+
+
+def _head(plan: RunPlan) -> list[str]:
+    trains = [s.train for s in plan.stages.values() if s.train is not None]
+    prepared = all(s.facts is not None and not s.facts.estimated for s in plan.sources.values())
+    mark = "" if prepared else ABOUT
+    count = f"{len(plan.stages)} stage" + ("s" if len(plan.stages) != 1 else "")
+    tokens = show.show_count(sum(t.tokens for t in trains))
+    lines = [f"plan    {show.plain(plan.recipe)} · {count} · {tokens} tokens · id {mark}{plan.short_id}"]
+    lines.append(f"base    {_base(plan)}")
+    lines.append(f"run     {plan.runs}/{plan.name}")
+    lines.append(f"cache   {plan.cache}")
+    if not prepared:
+        lines.append(
+            f"data    not prepared yet: sizes with {ABOUT} are estimates, and the id will change; the run prepares it"
+        )
+    return lines
+
+
+def _base(plan: RunPlan) -> str:
+    model = plan.model
+    shape = ""
+    if model is not None:
+        shape = f"{show.show_count(model.num_parameters)} parameters, vocabulary {model.vocab_size:,}"
+    if plan.base.kind == "scratch":
+        family = f"a new {model.family} model of " if model is not None else ""
+        tokenizer = plan.tokenizer
+        own = f", tokenizer trained on {', '.join(tokenizer.train_on)}" if tokenizer.train_on else ""
+        return f"scratch: {family}{shape}{own}"
+    kind = {"hf": "Hugging Face format", "native": "native format"}[plan.base.kind]
+    return f"{Path(plan.base.path or '').name}, {kind}, {shape}"
+
+
+def _stage_rows(plan: RunPlan) -> list[list[str]]:
+    rows = [["stage", "tokens", "steps", "lr: start → peak → end", "schedule", "layout", "starts from"]]
+    for stage in plan.stages.values():
+        train = stage.train
+        if train is None:
+            rows.append([stage.name, "", "", "", stage.kind, "", _parent(plan, stage)])
+            continue
+        lr = " → ".join(show.lr(v) for v in train.lr.points)
+        layout = train.parallel
+        shown = " ".join(f"{k} {v}" for k, v in (("tp", layout.tp), ("pp", layout.pp), ("dp", layout.dp)) if v > 1)
+        rows.append(
+            [
+                stage.name,
+                show.show_count(train.tokens),
+                f"{train.steps:,}",
+                lr,
+                train.lr.schedule,
+                shown or "1 rank",
+                _parent(plan, stage),
+            ]
+        )
+    return rows
+
+
+def _parent(plan: RunPlan, stage: StagePlan) -> str:
+    """Where a stage starts and what it keeps, in words."""
+    if stage.parent is None:
+        return "scratch"
+    name = stage.parent if stage.parent == "base" or stage.parent in plan.stages else Path(stage.parent).name
+    if stage.parent_at is not None:
+        name = f"{name}@{stage.parent_at}"
+    if stage.train is None:
+        return show.plain(name)
+    words = {"optimizer": "its optimizer", "cursor": "reads on", "lr": "its lr", "rng": "its random state"}
+    kept = [text for key, text in words.items() if key in stage.keep]
+    if "optimizer" not in stage.keep:
+        kept.insert(0, "new optimizer")
+    return ", ".join([show.plain(name), *kept])
+
+
+def _source_rows(plan: RunPlan) -> list[list[str]]:
+    """One line for each stage, source and role, with the passes over the corpus at the stage's end."""
+    rows = [["stage", "source", "tokens", "share", "corpus", "passes so far", ""]]
+    for stage in plan.stages.values():
+        if stage.train is None:
+            continue
+        count = passes(plan, stage)
+        for i, ((name, role), tokens) in enumerate(tokens_by_source(stage.train).items()):
+            facts = plan.sources[name].facts
+            mark = ABOUT if facts is None or facts.estimated else ""
+            rows.append(
+                [
+                    stage.name if i == 0 else "",
+                    show.plain(name),
+                    show.show_count(tokens),
+                    show.share(tokens / stage.train.tokens),
+                    f"{mark}{show.show_count(facts.tokens)}" if facts else "?",
+                    f"{mark}{count.get(name, 0):.2f}",
+                    _role(stage.train) if role == "replay" else "",
+                ]
+            )
+    return rows
+
+
+def _role(train: Train) -> str:
+    replay = train.replay
+    assert replay is not None
+    extra = f", on top: {1 / (1 - replay.share):.2f} × the compute" if replay.account == "additive" else ""
+    return f"replay of {show.plain(replay.of)}{extra}"
+
+
+def _other_stages(plan: RunPlan) -> list[str]:
+    """Guards and stages that do not train, a line each."""
+    lines = []
+    for stage in plan.stages.values():
+        if stage.train is not None and stage.train.stop_if is not None:
+            guard = stage.train.stop_if
+            lines.append(
+                f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {guard.loss_rises:.3g}"
+            )
+        if stage.train is None:
+            said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto"))
+            lines.append(f"{stage.kind:<7} {stage.name}: {said}")
+    return [show.plain(line) for line in lines]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{k} {v}" for k, v in value.items() if k in ("tp", "pp", "dp"))
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _needs(plan: RunPlan, budget: Budget) -> list[str]:
+    devices, memory = budget.devices, max(s.memory for s in budget.stages.values()) if budget.stages else 0.0
+    if devices.kind == "cpu":
+        cores = f"{devices.cores} core" + ("s" if devices.cores != 1 else "")
+        place = f"{budget.num_devices} rank" + ("s" if budget.num_devices != 1 else "") + f" on {cores}"
+        memory *= budget.num_devices
+    else:
+        place = f"{budget.num_devices} GPU" + ("s" if budget.num_devices != 1 else "")
+    fields = [place]
+    if budget.seconds is not None:
+        fields.append(f"about {show.show_duration(budget.seconds)}")
+        if devices.kind == "gpu":
+            fields.append(f"{budget.seconds / 3600 * budget.num_devices:,.1f} GPU-hours")
+    whole = f" of {show.show_bytes(devices.memory)}" if devices.memory else ""
+    fields.append(f"about {show.show_bytes(memory)}{whole} memory at peak")
+    count = sum(s.checkpoints for s in budget.stages.values())
+    fields.append(f"{count} checkpoint{'s' if count != 1 else ''} of {show.show_bytes(budget.checkpoint_bytes)}")
+    fields.append(f"{show.show_bytes(budget.disk)} disk")
+    basis = "; ".join(dict.fromkeys(s.basis for s in budget.stages.values()))
+    return [f"needs   {' · '.join(fields)}", f"        time: {show.plain(basis)}"]
