@@ -1,0 +1,37 @@
+"""What a check says, and running a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check.
+
+    Args:
+        status: ok, warn (works, but a person should know) or fail.
+        name: what was checked.
+        found: what was found.
+        hint: what to do about it; empty when nothing is.
+    """
+
+    status: Status
+    name: str
+    found: str
+    hint: str = ""
+
+
+def run(checks: Iterable[tuple[str, Callable[[], Check]]]) -> list[Check]:
+    """The results in order; a check that itself breaks has failed."""
+    results = []
+    for name, check in checks:
+        try:
+            results.append(check())
+        except Exception as error:  # a check must never take the others down
+            results.append(Check("fail", name, f"{type(error).__name__}: {error}".splitlines()[0]))
+    return results
