@@ -25,6 +25,7 @@ class Found:
         alike: stage folder of another run that is finished with an equal fingerprint.
         changed: how the stage differs from its last run, e.g. "`mixture.web` 0.3 → 0.4".
         than: the run that `changed` compares with, when it is not this one.
+        parent_changed: the stage is the same as there, but what it starts from is not.
     """
 
     state: State
@@ -33,6 +34,7 @@ class Found:
     alike: Path | None = None
     changed: Sequence[str] = ()
     than: str | None = None
+    parent_changed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Decision:
     reference: Path | None = None
 
 
-def decide(stage: StagePlan, found: Found, parent: Decision | None = None) -> Decision:
-    """The decision for one stage, given that of its parent stage."""
+def decide(stage: StagePlan, found: Found) -> Decision:
+    """The decision for one stage."""
 
     def give(action: str, why: str, reference: Path | None = None) -> Decision:
         return Decision(stage=stage.name, action=action, why=why, reference=reference)
@@ -63,8 +65,7 @@ def decide(stage: StagePlan, found: Found, parent: Decision | None = None) -> De
         return give(RUN, f"its result is gone: {found.missing}")
     if old.guard is not None and same and stage.train is not None and _guard(stage) == dict(old.guard):
         return give(REFUSE, "was ended by its guard `stop_if`, and neither the guard nor the stage has changed")
-    why = _why_unfinished(stage, found, parent)
-    return give(RUN, why)
+    return give(RUN, _why_unfinished(stage, found))
 
 
 def _guard(stage: StagePlan) -> dict[str, Any]:
@@ -72,15 +73,15 @@ def _guard(stage: StagePlan) -> dict[str, Any]:
     return dict(value)
 
 
-def _why_unfinished(stage: StagePlan, found: Found, parent: Decision | None) -> str:
+def _why_unfinished(stage: StagePlan, found: Found) -> str:
     old = found.state
     of = f" of {stage.train.steps:,}" if stage.train else ""
     goes_on = f", goes on from step {found.step:,}{of}" if found.step else ", starts again: nothing was saved yet"
     if old.status == state.PENDING and found.step is None:
         if found.than and found.changed:
             return f"never ran; differs from run `{found.than}`: {_list(found.changed)}"
-        if found.than and parent is not None and parent.action == RUN:
-            return f"never ran; its parent `{parent.stage}` changed against run `{found.than}`"
+        if found.than and found.parent_changed:
+            return f"never ran; its parent `{stage.parent}` differs from run `{found.than}`"
         return "never ran"
     changed = f"; changed since: {_list(found.changed)}" if found.changed else ""
     if old.status == state.SAVED:

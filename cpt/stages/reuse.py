@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.base.errors import CptError
@@ -27,8 +28,17 @@ def find(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Path | None:
     return None
 
 
-def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> tuple[str | None, list[str]]:
-    """The newest other run of the same recipe that has this stage, and how its stage differs from ours."""
+@dataclass(frozen=True)
+class Nearest:
+    """The newest other run of the same recipe that has a stage, and how its stage differs from ours."""
+
+    run: str | None = None
+    changed: tuple[str, ...] = ()
+    parent_changed: bool = False
+
+
+def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Nearest:
+    """What to compare a stage with that never ran here."""
     newest: tuple[float, str, RunPlan] | None = None
     for folder in Path(plan.runs).glob("*"):
         file = folder / "plan.json"
@@ -43,8 +53,11 @@ def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> tuple[str | N
             if newest is None or when > newest[0]:
                 newest = (when, folder.name, other)
     if newest is None:
-        return None, []
-    return newest[1], decide.changes(newest[2], plan, stage.name)
+        return Nearest()
+    _, name, other = newest
+    before, now = other.stages.get(stage.parent or ""), plan.stages.get(stage.parent or "")
+    parent_changed = before is not None and now is not None and before.fingerprint != now.fingerprint
+    return Nearest(name, tuple(decide.changes(other, plan, stage.name)), parent_changed)
 
 
 def changes_by_stage(plan: RunPlan, run_dir: Path) -> dict[str, list[str]]:

@@ -297,9 +297,9 @@ class _Stages:
         alike = (
             None if found.status == state.DONE or self.settings.fresh else reuse.find(self.plan, stage, self.run_dir)
         )
-        changes, than = list(self.changes.get(stage.name, ())), None
-        if found.status == state.PENDING and not changes and alike is None:
-            than, changes = reuse.nearest_run(self.plan, stage, self.run_dir)
+        nearest = reuse.Nearest(changed=tuple(self.changes.get(stage.name, ())))
+        if found.status == state.PENDING and not nearest.changed and alike is None:
+            nearest = reuse.nearest_run(self.plan, stage, self.run_dir)
         return decide.decide(
             stage,
             decide.Found(
@@ -307,10 +307,10 @@ class _Stages:
                 missing=parents.missing_result(stage, done_home) if found.status == state.DONE else None,
                 step=int(newest.name.removeprefix("iter_")) if newest else None,
                 alike=alike,
-                changed=changes,
-                than=than,
+                changed=nearest.changed,
+                than=nearest.run,
+                parent_changed=nearest.parent_changed,
             ),
-            next((d for d in self.result.decisions if d.stage == stage.parent), None),
         )
 
     def _refusal(self, stage: StagePlan, decision: Decision) -> CptError:

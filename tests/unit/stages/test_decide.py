@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cpt.plan.types import StopIf
 from cpt.stages import decide, state
-from cpt.stages.decide import Decision, Found, changes
+from cpt.stages.decide import Found, changes
 from cpt.stages.decide import decide as decided
 from cpt.stages.state import State
 from tests.unit.stages.plans import changed, plan, stage
@@ -72,13 +72,16 @@ def test_an_ended_guard_holds_until_the_guard_or_the_stage_changes() -> None:
 def test_a_stage_that_never_ran_names_what_differs_from_the_run_before() -> None:
     new = changed(stage(), "f2", mixture={"web": 0.4, "pubmed": 0.6})
     found = Found(state=State(), than="medical-aaaaaa", changed=changes(plan(stage()), plan(new), "domain"))
-    assert "differs from run `medical-aaaaaa`: `mixture.pubmed` 0.7 → 0.6" in decided(new, found).why
+    assert (
+        "differs from run `medical-aaaaaa`: `mixture.web` 0.3 → 0.4, `mixture.pubmed` 0.7 → 0.6"
+        in decided(new, found).why
+    )
 
 
 def test_a_stage_behind_a_changed_one_says_that_its_parent_changed() -> None:
-    parent = Decision(stage="domain", action=decide.RUN, why="")
-    found = Found(state=State(), than="medical-aaaaaa")
-    assert "its parent `domain` changed" in decided(stage("anneal", "domain"), found, parent).why
+    found = Found(state=State(), than="medical-aaaaaa", parent_changed=True)
+    why = decided(stage("anneal", "domain"), found).why
+    assert why == "never ran; its parent `domain` differs from run `medical-aaaaaa`"
 
 
 def test_a_first_run_just_says_that_it_never_ran() -> None:
