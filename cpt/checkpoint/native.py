@@ -480,14 +480,21 @@ def _load_random_state(engine: Engine, source: Folder, manifest: Manifest | None
 
 
 def tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron name, whole tensor) of a checkpoint's model weights, one at a time; layers stacked on axis 0.
+    """(Megatron name with one key a layer, whole tensor) of a checkpoint's model weights, one layer's tensor at a time.
 
-    One process, no process group, no Megatron; one tensor in memory at a time.
+    One process, no process group, no Megatron.
     """
     source, _ = open_folder(Path(folder))
     for key in source:
-        if is_weight(key):
+        head, stacked, tail = key.partition("layers.")
+        if not is_weight(key):
+            continue
+        if not stacked or tail[:1].isdigit():
             yield key, source.read(key)
+            continue
+        layers, *shape = source.tensors[key].shape
+        for i in range(layers):
+            yield f"{head}layers.{i}.{tail}", source.read(key, (i, *[0] * len(shape)), (1, *shape))[0]
 
 
 def is_weight(key: str) -> bool:

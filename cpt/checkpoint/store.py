@@ -33,7 +33,7 @@ __all__ = ["StageStore", "folder_name", "is_whole", "newest_whole", "resolve", "
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
-_REMOVED = ".removing-"
+_REMOVED, _NEW = ".removing-", ".writing-"
 
 
 def folder_name(step: int) -> str:
@@ -134,8 +134,23 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def replace(folder: Path, new: Path) -> None:
+    """Put a whole new checkpoint in the place of an old one."""
+    gone = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    os.rename(new, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def clean(checkpoints: Path) -> list[Path]:
     """Remove what killed saves and removals left behind (folders without a manifest); gives their names."""
+    for new in checkpoints.glob(f"{_NEW}*"):
+        folder = new.with_name(new.name.removeprefix(_NEW))
+        if is_whole(new) and not folder.exists():  # killed between the two renames of `replace`
+            os.rename(new, folder)
+        shutil.rmtree(new, ignore_errors=True)
     for entry in checkpoints.glob(f"{_REMOVED}*"):
         shutil.rmtree(entry, ignore_errors=True)
     left = [folder for _, folder in steps(checkpoints) if not (folder / manifests.NAME).exists()]
@@ -180,7 +195,7 @@ class StageStore:
         self._ranks = Ranks()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._last: tuple[int, Path] | None = None
+        self._last: Path | None = None  # what this store wrote last: the engine has not been there since
         if self._ranks.rank == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in clean(self.checkpoints):
@@ -203,7 +218,8 @@ class StageStore:
     def save(self, engine: Engine, progress: Progress, *, phase: str) -> Path:
         """Write `iter_<step>` whole or not at all; with `saving.asynchronous` in the background until `wait`.
 
-        Saving a step again (a stage's end that was just saved as a regular checkpoint) only rewrites the manifest.
+        Saving what is there already (a stage's end that was just saved as a regular checkpoint, a stop right after a
+        resume) only rewrites the manifest. A whole checkpoint that is replaced stays until the new one is whole.
 
         Raises:
             StageFailed: the disk is full or a rank cannot write. The partial folder is gone, older checkpoints stay.
@@ -213,12 +229,14 @@ class StageStore:
         assert phase in manifests.PHASES, phase
         self.wait()
         folder = self.checkpoints / folder_name(progress.step)
-        if self._last == (progress.step, folder) and self._ranks.on_first(lambda: is_whole(folder)):
+        there = self._ranks.on_first(lambda: self._what_is_there(folder, progress))
+        if there == "same":
             self._ranks.on_first(lambda: self._relabel(folder, progress, phase))
             return folder
+        into = folder.with_name(f"{_NEW}{folder.name}") if there == "other" else folder
         write = native.begin_save(
             engine,
-            folder,
+            into,
             progress=progress,
             phase=phase,
             origin=self.origin,
@@ -229,9 +247,9 @@ class StageStore:
 
         def finish() -> None:
             write()
-            self._ranks.on_first(self._after)
+            self._ranks.on_first(lambda: self._after(folder, into))
 
-        self._last = (progress.step, folder)
+        self._last = folder
         if self.saving.asynchronous:
             self._thread = threading.Thread(target=self._in_background, args=(finish,), name="checkpoint", daemon=True)
             self._thread.start()
@@ -259,16 +277,27 @@ class StageStore:
         except BaseException as error:
             self._error = error
 
+    def _what_is_there(self, folder: Path, progress: Progress) -> str:
+        """same: this very state, whole · other: a whole checkpoint of another state · nothing that counts."""
+        import dataclasses
+
+        if not is_whole(folder):
+            return "nothing"
+        same = self._last == folder or manifests.read(folder).progress == dataclasses.asdict(progress)
+        return "same" if same else "other"
+
     def _relabel(self, folder: Path, progress: Progress, phase: str) -> None:
         import dataclasses
 
         old = manifests.read(folder)
         phase = max(phase, old.phase, key=manifests.PHASES.index)
         manifests.write(folder, dataclasses.replace(old, phase=phase, progress=dataclasses.asdict(progress)))
-        self._after()
+        self._after(folder, folder)
 
-    def _after(self) -> None:
-        """Tracker file and retention, on the first rank, once a checkpoint is whole."""
+    def _after(self, folder: Path, written: Path) -> None:
+        """Into its place, tracker file and retention, on the first rank, once a checkpoint is whole."""
+        if written != folder:
+            replace(folder, written)
         whole = [(step, folder) for step, folder in steps(self.checkpoints) if is_whole(folder)]
         write_atomic(self.checkpoints / TRACKER, str(whole[-1][0]))
         gone = set(to_remove([manifests.read(folder) for _, folder in whole], self.saving.retain, self.keep_steps))

@@ -537,3 +537,40 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(fooled: bool,
         assert found.name == sorted(n for n in left if n.startswith("iter_"))[-1]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def replace_one(root: str, die: bool) -> list[str]:
+    """Resume at a step and save again: the same state, then another one."""
+    from cpt.checkpoint import native
+    from cpt.checkpoint.store import StageStore
+
+    run = Run(LLAMA, Parallel(dp=2), "fp32")
+    StageStore(root, Saving(), origin=Origin()).save(run.engine, progress(1), phase="train")
+    before = sorted((Path(root) / "checkpoints" / "iter_0000001").iterdir())
+    inode = before[0].stat().st_ino
+    keeper = StageStore(root, Saving(), origin=Origin())
+    resumed = native.load(run.engine, keeper.newest_whole() or "")
+    folder = keeper.save(run.engine, resumed, phase="stop")
+    assert before[0].stat().st_ino == inode and manifests.read(folder).phase == "stop", "nothing was written twice"
+    keeper = StageStore(root, Saving(), origin=Origin())
+    run.steps(0, 1)
+    other = progress(1)
+    other.losses.append(9.0)
+    if die and os.environ["RANK"] == "0":
+        manifests.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    keeper.save(run.engine, other, phase="train")
+    return sorted(os.listdir(folder.parent))
+
+
+def test_a_checkpoint_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    left = run_ranks(Parallel(dp=2), replace_one, str(tmp_path / "a"), False)[0]
+    assert left == ["iter_0000001", store.TRACKER]
+    folder = tmp_path / "a" / "checkpoints" / "iter_0000001"
+    assert manifests.read(folder).progress["losses"][-1] == 9.0 and verify.verify(folder) == []
+    with pytest.raises(RankFailed):
+        run_ranks(Parallel(dp=2), replace_one, str(tmp_path / "b"), True)
+    folder = tmp_path / "b" / "checkpoints" / "iter_0000001"
+    assert manifests.read(folder).phase == "stop" and verify.verify(folder) == []
+    assert run_ranks(Parallel(), use_the_one_before, str(tmp_path / "b"))[0][0] == "iter_0000001"
+    assert sorted(os.listdir(folder.parent)) == ["iter_0000001", store.TRACKER]
