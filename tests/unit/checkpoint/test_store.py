@@ -173,3 +173,10 @@ def test_identity_follows_content_and_not_the_label() -> None:
     one = a_manifest(10)
     assert dataclasses.replace(one, phase="end", created=5.0).identity == one.identity
     assert dataclasses.replace(one, files={"__0_0.distcp": FileFacts(size=5, crc32="0")}).identity != one.identity
+
+
+def test_a_replacement_killed_between_its_renames_is_put_into_place(tmp_path: Path) -> None:
+    new = a_checkpoint(tmp_path, 5).rename(tmp_path / ".writing-iter_0000005")
+    assert store.steps(tmp_path) == []
+    assert store.clean(tmp_path) == []
+    assert not new.exists() and store.newest_whole(tmp_path)[0] == tmp_path / "iter_0000005"
