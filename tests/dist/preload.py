@@ -13,5 +13,8 @@ import megatron.core.distributed  # noqa: E402
 import megatron.core.models.gpt  # noqa: E402
 import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: F401, E402
+import safetensors.torch  # noqa: F401, E402
 
+from cpt.checkpoint import hf  # noqa: F401, E402
 from cpt.engine import distributed  # noqa: F401, E402
+from cpt.engine import megatron as _megatron  # noqa: F401, E402

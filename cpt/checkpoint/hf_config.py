@@ -1,0 +1,319 @@
+"""`config.json` ↔ `ModelConfig`. Reads the spellings of transformers 4 and 5; refuses by name what it cannot express.
+
+JSON only: no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cpt.base.errors import UsageError
+from cpt.base.files import read_json
+from cpt.base.registry import unknown
+from cpt.plan.types import ModelConfig
+
+Json = Mapping[str, Any]
+
+# Names of `ModelConfig`'s fields in config.json; the first is written, all are read.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "ffn_hidden_size": ("intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_query_groups": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps"),
+    "tie_embeddings": ("tie_word_embeddings",),
+    "init_std": ("initializer_range",),
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+# What each family's implementation assumes for a key that its config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "vocab_size": 32000},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "vocab_size": 32000,
+        "num_key_value_heads": 8,
+    },
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "vocab_size": 151936},
+    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "vocab_size": 151936, "head_dim": 128},
+    "gpt_neox": {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "vocab_size": 50432, "hidden_act": "gelu"},
+}
+_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_SCALING_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The model of a Hugging Face folder, from its `config.json` alone.
+
+    Raises:
+        UsageError: unreadable, of an unknown family, or with a setting that cannot be expressed.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise UsageError(f"`{folder}` has no `config.json`") from None
+    except ValueError as error:
+        raise UsageError(f"`{path}` is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"`{path}` holds no mapping")
+    return parse(config, str(path))
+
+
+def parse(config: Json, where: str = "config.json") -> ModelConfig:
+    """A `config.json`'s content as a `ModelConfig`.
+
+    Raises:
+        UsageError: as `read_config`; all problems together.
+    """
+    family = config.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise unknown("`model_type`", family, _ARCHITECTURES)
+    read = _Reader(config, family, where)
+    problems = [*_refusals(read), *read.problems]
+    if problems:
+        raise UsageError(problems[0], more=tuple(UsageError(p) for p in problems[1:]))
+    fields = _fields(read)
+    if read.problems:
+        raise UsageError(read.problems[0], more=tuple(UsageError(p) for p in read.problems[1:]))
+    return ModelConfig(**fields, hf_config=dict(config))
+
+
+class _Reader:
+    """Values of a config.json with the family's defaults; collects what is wrong."""
+
+    def __init__(self, config: Json, family: str, where: str) -> None:
+        self.config, self.family, self.where = config, family, where
+        self.problems: list[str] = []
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.config.get(key)
+        return _DEFAULTS[self.family].get(key, default) if value is None else value
+
+    def number(self, key: str, kind: Callable[[Any], Any], default: Any = None, above: float = 0) -> Any:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= above or kind(value) != value:
+            self.problems.append(f"`{key}` in `{self.where}` is `{value}`, wanted a number above {above:g}")
+            return kind(1)
+        return kind(value)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Rotary settings in the spelling of transformers 5, whichever the file has."""
+        new = self.config.get("rope_parameters")
+        if isinstance(new, dict):
+            rope = dict(new)
+        else:
+            old = self.config.get("rope_scaling")
+            rope = dict(old) if isinstance(old, dict) else {}
+        rope.setdefault("rope_type", rope.pop("type", None) or "default")
+        base = self.config.get("rope_theta", self.config.get("rotary_emb_base", 10000.0))
+        rope.setdefault("rope_theta", 10000.0 if base is None else base)
+        share = self.config.get("partial_rotary_factor")
+        if share is None:
+            share = self.config.get("rotary_pct", 0.25) if self.family == "gpt_neox" else 1.0
+        rope.setdefault("partial_rotary_factor", share)
+        return rope
+
+
+def _refusals(read: _Reader) -> list[str]:
+    """Settings that change what the model computes and have no counterpart here."""
+    config, family, found = read.config, read.family, []
+
+    def refuse(key: str, why: str) -> None:
+        found.append(f"`{key}: {config.get(key)}` in `{read.where}` cannot be expressed: {why}")
+
+    if config.get("quantization_config"):
+        found.append(f"`quantization_config` in `{read.where}` cannot be expressed: weights must not be quantised")
+    rope = read.rope
+    kind = rope["rope_type"]
+    if kind not in ("default", *_SCALING_KEYS):
+        found.append(f"rotary scaling `{kind}` in `{read.where}` cannot be expressed: default, linear and llama3 can")
+    for key in _SCALING_KEYS.get(kind, ()):
+        if not isinstance(rope.get(key), int | float):
+            found.append(f"rotary scaling `{kind}` in `{read.where}` has no number for `{key}`")
+    for key in (
+        "clip_qkv",
+        "logit_scale",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+    ):
+        if config.get(key) is not None:
+            refuse(key, "logits or attention are changed")
+    for kind in set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        found.append(f"`layer_types` with `{kind}` in `{read.where}` cannot be expressed")
+    if family == "gpt_neox":
+        if read.get("hidden_act") not in _GELU:
+            refuse("hidden_act", f"known are {', '.join(f'`{a}`' for a in _GELU)}")
+        if config.get("attention_bias") is False:
+            refuse("attention_bias", "biases are on all linear layers or on none")
+        return found
+    if read.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "only `silu` can")
+    if config.get("mlp_bias"):
+        refuse("mlp_bias", "this family's MLP has no biases here")
+    if family in ("llama", "qwen3", "mistral") and config.get("attention_bias"):
+        refuse("attention_bias", "it puts a bias on the output projection too")
+    if rope["partial_rotary_factor"] != 1.0:
+        refuse("partial_rotary_factor", "this family rotates whole heads")
+    return found
+
+
+def _fields(read: _Reader) -> dict[str, Any]:
+    config, family = read.config, read.family
+    is_neox = family == "gpt_neox"
+    heads = read.number("num_attention_heads", int)
+    hidden = read.number("hidden_size", int)
+    groups = heads if is_neox else read.number("num_key_value_heads", int, default=heads)
+    head_dim = hidden // heads if is_neox else read.number("head_dim", int, default=hidden // heads)
+    if (is_neox or config.get("head_dim") is None) and family != "qwen3" and hidden % heads:
+        read.problems.append(f"`hidden_size: {hidden}` in `{read.where}` is no multiple of {heads} heads")
+    if heads % groups:
+        read.problems.append(f"{heads} heads in `{read.where}` do not divide into {groups} key-value heads")
+    rope = read.rope
+    scaling = None
+    if rope["rope_type"] != "default":
+        scaling = {"rope_type": rope["rope_type"], **{k: rope[k] for k in _SCALING_KEYS[rope["rope_type"]]}}
+    ffn_default = 4 * hidden if is_neox else None
+    return {
+        "family": family,
+        "num_layers": read.number("num_hidden_layers", int),
+        "hidden_size": hidden,
+        "ffn_hidden_size": read.number("intermediate_size", int, default=ffn_default),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "head_dim": head_dim,
+        "vocab_size": read.number("vocab_size", int),
+        "max_position_embeddings": _positions(read),
+        "norm_eps": read.number("layer_norm_eps" if is_neox else "rms_norm_eps", float),
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": scaling,
+        "rotary_percent": float(rope["partial_rotary_factor"]),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "qkv_bias": is_neox or family == "qwen2",
+        "linear_bias": is_neox,
+        "qk_norm": family == "qwen3",
+        "normalization": "layernorm" if is_neox else "rmsnorm",
+        "activation": _GELU[read.get("hidden_act")] if is_neox else "swiglu",
+        "parallel_residual": is_neox and bool(config.get("use_parallel_residual", True)),
+        "init_std": read.number("initializer_range", float, default=0.02),
+    }
+
+
+def _positions(read: _Reader) -> int:
+    """Longest sequence [tokens]: a sliding window bounds it, because up to its length attention is full."""
+    positions: int = read.number("max_position_embeddings", int)
+    window = read.config.get("sliding_window")
+    used = read.config.get("use_sliding_window", read.family == "mistral")
+    types = read.config.get("layer_types")
+    if types is not None:
+        used = "sliding_attention" in types
+    return min(positions, int(window)) if used and window else positions
+
+
+def write_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of an export: the original verbatim but for what changed, or a new one.
+
+    Args:
+        dtype: of the written tensors, as torch spells it (`float32`, `bfloat16`).
+    """
+    if model.hf_config is None:
+        return config_for(model, dtype)
+    config = dict(model.hf_config)
+    before = parse(config)
+    changed = [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.name != "hf_config" and getattr(model, f.name) != getattr(before, f.name)
+    ]
+    for name in changed:
+        if name in ("rope_theta", "rope_scaling"):
+            config = _changed_rope(config, model)
+            continue
+        if name not in _NAMES:
+            raise UsageError(f"a changed `{name}` cannot be written into the base's `config.json`")
+        config[next((n for n in _NAMES[name] if n in config), _NAMES[name][0])] = getattr(model, name)
+    return config | _dtype(config, dtype)
+
+
+def _changed_rope(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The config with other rotary settings, in the spelling it has."""
+    scaling = dict(model.rope_scaling or {})
+    if isinstance(config.get("rope_parameters"), dict):
+        kept = {k: v for k, v in config["rope_parameters"].items() if k == "partial_rotary_factor"}
+        return config | {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": model.rope_theta, **kept}}
+    return config | {"rope_theta": model.rope_theta, "rope_scaling": scaling or None}
+
+
+def _dtype(config: Json, dtype: str) -> dict[str, Any]:
+    """The dtype under the name that the config uses; nothing when it says so already."""
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    return {} if config.get(name) == dtype else {name: dtype}
+
+
+def source_dtype(model: ModelConfig) -> str:
+    """Dtype that the base came in, as torch spells it; float32 when its config does not say."""
+    config = model.hf_config or {}
+    said = config.get("dtype") or config.get("torch_dtype")
+    return said if said in ("float32", "bfloat16", "float16") else "float32"
+
+
+def config_for(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """A `config.json` for a model trained from scratch, in transformers 4's spelling, which 5 reads as well."""
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model.family]],
+        "model_type": model.family,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if model.family == "gpt_neox":
+        return config | {
+            "layer_norm_eps": model.norm_eps,
+            "hidden_act": "gelu" if model.activation == "gelu" else "gelu_new",
+            "rotary_pct": model.rotary_percent,
+            "rotary_emb_base": model.rope_theta,
+            "use_parallel_residual": model.parallel_residual,
+        }
+    config |= {
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": model.rope_theta,
+        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
+    }
+    if model.family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    if model.family == "mistral":
+        config |= {"sliding_window": None}
+    if model.family == "qwen2":
+        config |= {"use_sliding_window": False}
+    if model.family == "qwen3":
+        config |= {"attention_bias": False, "use_sliding_window": False}
+    return config

@@ -1,0 +1,163 @@
+"""`config.json` in both spellings, refused by name where it cannot be expressed, written back as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.base.errors import UsageError
+from cpt.checkpoint.hf_config import config_for, parse, read_config, write_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "something_new": {"kept": True},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-05,
+    "hidden_act": "gelu",
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+}
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in keys}
+
+
+def test_both_spellings_give_the_same_model() -> None:
+    new = without(LLAMA, "rope_theta", "torch_dtype") | {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "dtype": "bfloat16",
+    }
+    old_scaled = LLAMA | {"rope_scaling": without(LLAMA3, "rope_type") | {"type": "llama3"}}
+    new_scaled = new | {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}
+    new_neox = without(NEOX, "rotary_pct", "rotary_emb_base") | {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.25}
+    }
+    for old, spelled_anew in ((LLAMA, new), (old_scaled, new_scaled), (NEOX, new_neox)):
+        a, b = parse(old), parse(spelled_anew)
+        assert dataclasses.replace(a, hf_config=None) == dataclasses.replace(b, hf_config=None)
+    assert parse(old_scaled).rope_scaling == LLAMA3
+    assert parse(NEOX).rotary_percent == 0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_bias": True}, "`mlp_bias: True`"),
+        ({"attention_bias": True}, "`attention_bias: True`"),
+        ({"hidden_act": "gelu"}, "`hidden_act: gelu`"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling `yarn`"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "no number for `low_freq_factor`"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config`"),
+        ({"final_logit_softcapping": 30.0}, "`final_logit_softcapping: 30.0`"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "`layer_types` with `linear_attention`"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor: 0.5`"),
+        ({"num_key_value_heads": 3}, "8 heads .* do not divide into 3"),
+        ({"hidden_size": "64"}, "`hidden_size` .* is `64`"),
+        ({"num_hidden_layers": True}, "`num_hidden_layers` .* is `True`"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(LLAMA | change)
+
+
+def test_an_unknown_family_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown `model_type` `qwen4`") as error:
+        parse(LLAMA | {"model_type": "qwen4"})
+    assert "qwen" in error.value.hints[0]
+
+
+def test_several_problems_are_reported_together() -> None:
+    with pytest.raises(UsageError) as error:
+        parse(LLAMA | {"mlp_bias": True, "hidden_act": "relu"})
+    assert len(error.value.more) == 1
+
+
+def test_settings_without_effect_are_no_obstacle() -> None:
+    stock_qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False}
+    assert parse(stock_qwen | {"layer_types": ["full_attention"] * 5}).max_position_embeddings == 512
+    assert parse(stock_qwen).qkv_bias
+
+
+def test_a_sliding_window_bounds_the_sequence_length() -> None:
+    mistral = LLAMA | {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096}
+    assert parse(mistral).max_position_embeddings == 4096
+    assert write_config(parse(mistral), "bfloat16") == mistral
+
+
+@pytest.mark.parametrize("config", [LLAMA, NEOX | {"dtype": "float32"}, LLAMA | {"rope_scaling": LLAMA3}])
+def test_an_unchanged_config_is_written_back_verbatim(config: dict[str, Any]) -> None:
+    dtype = config.get("dtype") or config["torch_dtype"]
+    written = write_config(parse(config), dtype)
+    assert list(written.items()) == list(config.items())
+
+
+def test_only_what_changed_is_changed() -> None:
+    model = dataclasses.replace(parse(LLAMA), vocab_size=600, num_layers=7)
+    assert write_config(model, "float32") == LLAMA | {
+        "vocab_size": 600,
+        "num_hidden_layers": 7,
+        "torch_dtype": "float32",
+    }
+    new = without(LLAMA, "rope_theta") | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    model = dataclasses.replace(parse(new), rope_theta=500000.0)
+    assert write_config(model, "bfloat16")["rope_parameters"] == {"rope_theta": 500000.0, "rope_type": "default"}
+
+
+def test_a_config_of_a_model_from_scratch_reads_as_that_model() -> None:
+    for config in (LLAMA, NEOX, LLAMA | {"model_type": "qwen3"}, LLAMA | {"rope_scaling": LLAMA3}):
+        model = dataclasses.replace(parse(config), hf_config=None)
+        assert dataclasses.replace(parse(config_for(model)), hf_config=None) == model
+
+
+def test_reading_a_config_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    code = (
+        "import sys; from cpt.checkpoint import hf; hf.read_config(sys.argv[1]); "
+        "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_broken_or_missing_config_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no `config.json`"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="is not JSON"):
+        read_config(tmp_path)

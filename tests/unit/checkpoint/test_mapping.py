@@ -1,0 +1,130 @@
+"""Tensor mapping as data: forward and back is the identity, for any shape of model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpt.base.errors import UsageError
+from cpt.checkpoint import hf, mapping
+from cpt.checkpoint.mapping import Piece
+from cpt.plan.types import ModelConfig
+
+
+@st.composite
+def models(draw: Any) -> ModelConfig:
+    family = draw(st.sampled_from(sorted(mapping.RULES)))
+    neox = family == "gpt_neox"
+    groups = draw(st.integers(1, 4))
+    heads = groups if neox else groups * draw(st.integers(1, 3))
+    return ModelConfig(
+        family=family,
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=draw(st.integers(1, 9)),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(1, 11)),
+        max_position_embeddings=8,
+        norm_eps=1e-5,
+        tie_embeddings=draw(st.booleans()),
+        qkv_bias=neox or draw(st.booleans()),
+        linear_bias=neox,
+        qk_norm=draw(st.booleans()) and not neox,
+        normalization="layernorm" if neox else "rmsnorm",
+        activation="gelu" if neox else "swiglu",
+    )
+
+
+def numbered(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Hugging Face tensors in which every number occurs once."""
+    at, made = 0, {}
+    for name, shape in mapping.hf_shapes(model).items():
+        size = int(np.prod(shape))
+        made[name] = np.arange(at, at + size, dtype=np.float32).reshape(shape)
+        at += size
+    return made
+
+
+def fuse(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        key: np.concatenate([tensors[p.hf][p.start : p.stop] for p in recipe.pieces])
+        for key, recipe in mapping.recipes(model).items()
+    }
+
+
+@given(models())
+@settings(deadline=None, max_examples=60)
+def test_splitting_what_was_fused_gives_back_every_number(model: ModelConfig) -> None:
+    import torch
+
+    before = numbered(model)
+    fused = {key: torch.from_numpy(value) for key, value in fuse(model, before).items()}
+    back = dict(hf.split(model, fused.items()))
+    assert back.keys() == before.keys()
+    assert all(np.array_equal(back[name].numpy(), before[name]) for name in before)
+
+
+@given(models())
+@settings(deadline=None, max_examples=60)
+def test_stacked_layers_and_padding_rows_split_alike(model: ModelConfig) -> None:
+    import torch
+
+    before = numbered(model)
+    fused = fuse(model, before)
+    stacked: dict[str, torch.Tensor] = {}
+    for key, value in fused.items():
+        if not key.startswith("decoder.layers."):
+            stacked[key] = torch.from_numpy(value)
+        elif ".0." in key[:17]:
+            name = key.replace("decoder.layers.0.", "decoder.layers.")
+            layers = [fused[k] for k in mapping.place(name, model.num_layers)]
+            stacked[name] = torch.from_numpy(np.stack(layers))
+    embedding = "embedding.word_embeddings.weight"
+    stacked[embedding] = torch.cat((stacked[embedding], torch.full((3, model.hidden_size), -1.0)))
+    back = dict(hf.split(model, stacked.items()))
+    assert all(np.array_equal(back[name].numpy(), before[name]) for name in before)
+
+
+@given(models())
+@settings(deadline=None, max_examples=60)
+def test_the_parameters_counted_are_the_parameters_named(model: ModelConfig) -> None:
+    count = sum(int(np.prod(shape)) for shape in mapping.hf_shapes(model).values())
+    assert count == model.num_parameters
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
+def test_intervals_of_rows_are_those_of_the_joined_tensor(sizes: list[int], data: Any) -> None:
+    pieces = [Piece(str(i), 10 * i, 10 * i + size) for i, size in enumerate(sizes)]
+    joined = [(p.hf, row) for p in pieces for row in range(p.start, p.stop)]
+    start = data.draw(st.integers(0, len(joined)))
+    stop = data.draw(st.integers(start, len(joined) + 3))  # rows past the end are padding
+    found = [(p.hf, row) for p in mapping.intersect(pieces, start, stop) for row in range(p.start, p.stop)]
+    assert found == joined[start:stop]
+
+
+def test_query_groups_lie_one_after_another() -> None:
+    model = ModelConfig(
+        family="llama",
+        num_layers=1,
+        hidden_size=3,
+        ffn_hidden_size=5,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=2,
+        vocab_size=7,
+        max_position_embeddings=8,
+        norm_eps=1e-5,
+    )
+    pieces = mapping.recipes(model)["decoder.layers.0.self_attention.linear_qkv.weight"].pieces
+    names = [p.hf.split(".")[4][0] for p in pieces]
+    assert names == ["q", "k", "v", "q", "k", "v"]
+    assert [(p.start, p.stop) for p in pieces] == [(0, 4), (0, 2), (0, 2), (4, 8), (2, 4), (2, 4)]
+    with pytest.raises(UsageError, match="unknown model family `lama`"):
+        mapping.recipes(dataclasses.replace(model, family="lama"))
