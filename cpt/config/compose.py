@@ -35,12 +35,12 @@ class Composed:
     origins: Mapping[tuple[str, ...], str] = field(default_factory=dict)  # leaf key -> file or override
 
     def origin(self, path: tuple[str, ...]) -> str:
-        """Where the value of a key came from: a file, an override, or the default."""
-        while path:
-            if path in self.origins:
-                return self.origins[path]
-            path = path[:-1]
-        return DEFAULT
+        """Where the value of a key came from: files, the command line, or the default."""
+        below = [where for key, where in self.origins.items() if key[: len(path)] == path]
+        if below:
+            return ", ".join(dict.fromkeys(below))
+        above = next((self.origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in self.origins), None)
+        return above or DEFAULT
 
 
 def shipped() -> tuple[Path, Path]:
@@ -213,7 +213,7 @@ def _hydra(
             loaded = loader.repository.load_config(name)
             if loaded is None:
                 continue
-            where = f"{name}.yaml" if loaded.path.startswith("file:") else f"{default.package} {name}"
+            where = f"{name}.yaml" if loaded.path.startswith("file:") else name.replace("/", "=")
             package = tuple(filter(None, (default.package or "").split(".")))
             for leaf in _leaves(OmegaConf.to_container(loaded.config, resolve=False)):
                 origins[package + leaf] = where

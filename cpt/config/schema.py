@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,7 +226,7 @@ STAGE_KEYS: dict[str, Node] = {
         "where it starts: base, a stage, `stage@12000` (a step), `stage@pre_anneal`, a run or checkpoint folder",
         REQUIRED,
     ),
-    "keep": Key(kinds.names(*KEEP), "what is kept of that", REQUIRED),
+    "keep": Key(kinds.names(*KEEP), "what is kept of that; must be given unless the stage starts from scratch", ()),
     "tokens": Key(kinds.count(), "length of the stage", REQUIRED),
     "mixture": Key(kinds.weights, "shares of the tokens that are not replay; normalised", REQUIRED),
     "replay": REPLAY,
@@ -346,6 +347,7 @@ def options_of(cls: Any) -> dict[str, Key]:
     if not dataclasses.is_dataclass(cls):
         return {}
     found = {}
+    said = _said_of_options(cls)
     for f in dataclasses.fields(cls):
         if f.name.startswith("_") or not f.init:
             continue
@@ -357,8 +359,21 @@ def options_of(cls: Any) -> dict[str, Key]:
         what = f"{f.type}" if isinstance(f.type, str) else getattr(f.type, "__name__", "value")
         shown_kind = unit or what.replace(" | None", "").replace("str", "text").replace("bool", "true | false")
         found[f.name] = Key(
-            Kind(shown_kind, lambda value: value), f.metadata.get("help", ""), default if given else REQUIRED
+            Kind(shown_kind, lambda value: value),
+            f.metadata.get("help") or said.get(f.name, ""),
+            default if given else REQUIRED,
         )
+    return found
+
+
+def _said_of_options(cls: Any) -> dict[str, str]:
+    """What the `Args:` of a class's docstring say about its options."""
+    text = (cls.__doc__ or "").partition("Args:\n")[2]
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        match = re.match(r"\s+(\w+): (.+)", line)
+        if match:
+            found[match[1]] = match[2].rstrip(".")
     return found
 
 

@@ -106,9 +106,8 @@ def _missing(values: Mapping[str, Any], around: Surroundings) -> list[CptError]:
     """Required keys that neither the stage nor `train` gives."""
     found: list[CptError] = []
     for name, node in STAGE.keys.items():
-        if not isinstance(node, Key) or node.default is not REQUIRED or name in values or name == "from":
-            continue
-        if name == "keep" and around.from_scratch:
+        wanted = isinstance(node, Key) and (node.default is REQUIRED or (name == "keep" and not around.from_scratch))
+        if not wanted or name in values or name == "from":
             continue
         if name == "mixture" and len(around.sources) == 1:
             continue
@@ -121,7 +120,7 @@ def _missing(values: Mapping[str, Any], around: Surroundings) -> list[CptError]:
             "global_batch_size": "`train.global_batch_size=512`",
         }.get(name, f"it is {node.help}")
         also = " (nor is `train." + name + "`)" if name in TRAIN_KEYS else ""
-        found.append(UsageError(f"`{where}` is not given{also}: {node.help}", f"such as {example}"))
+        found.append(UsageError(f"`{where}` is not given{also}: {node.help.split(';')[0]}", f"such as {example}"))
     stop_if = values.get("stop_if") or {}
     for key in ("source", "loss_rises"):
         if stop_if and key not in stop_if:

@@ -115,7 +115,7 @@ def memory(model: ModelConfig, train: Train, kind: str = "gpu") -> float:
 
 
 def _activations(model: ModelConfig, train: Train, wide: int) -> float:
-    """Activations of the micro batches that are under way on the first pipeline rank, and logits on the last [bytes]."""
+    """Activations of the micro batches under way on the first pipeline rank, and logits on the last [bytes]."""
     layout, tokens = train.parallel, train.micro_batch_size * train.seq_length
     per_layer = {
         "none": 17 * tokens * model.hidden_size * wide
@@ -198,6 +198,7 @@ def check_memory(plan: RunPlan, devices: Devices) -> None:
         needed = _needed(plan.model, stage.train, devices)
         if needed > devices.memory:
             where = "this machine" if devices.kind == "cpu" else "a device"
+            has = show_bytes(devices.memory)
             ways = [
                 text
                 for text, train in _ways(name, stage.train)
@@ -205,10 +206,7 @@ def check_memory(plan: RunPlan, devices: Devices) -> None:
             ]
             hints = ways[:2] or ["more devices or a smaller model are needed"]
             errors.append(
-                PlanError(
-                    f"stage `{name}` needs about {show_bytes(needed)} at peak, {where} has {show_bytes(devices.memory)}",
-                    *hints,
-                )
+                PlanError(f"stage `{name}` needs about {show_bytes(needed)} at peak, {where} has {has}", *hints)
             )
     if errors:
         raise PlanError(errors[0].message, *errors[0].hints, more=tuple(errors[1:]))

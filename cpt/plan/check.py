@@ -337,14 +337,24 @@ def tokens_by_source(train: Train) -> dict[tuple[str, str], float]:
 def passes(plan: RunPlan, stage: StagePlan) -> dict[str, float]:
     """How often each corpus has been read when a stage ends, over the stages that its weights went through."""
     found: dict[str, float] = {}
+    part = 1.0
     for one in [stage, *ancestors(plan, stage)]:
-        if one.train is None:
-            continue
-        for (name, _), tokens in tokens_by_source(one.train).items():
-            source = plan.sources.get(name)
-            if source is not None and source.facts is not None and source.facts.tokens:
-                found[name] = found.get(name, 0.0) + tokens / source.facts.tokens
+        if one.train is not None:
+            for (name, _), tokens in tokens_by_source(one.train).items():
+                source = plan.sources.get(name)
+                if source is not None and source.facts is not None and source.facts.tokens:
+                    found[name] = found.get(name, 0.0) + part * tokens / source.facts.tokens
+        part = _part_of_parent(plan, one)
     return found
+
+
+def _part_of_parent(plan: RunPlan, stage: StagePlan) -> float:
+    """How much of its parent's length a stage goes on from: less than 1 at a fork."""
+    parent = plan.stages.get(stage.parent or "")
+    if parent is None or parent.train is None or stage.parent_at is None:
+        return 1.0
+    step = stage.parent_at if isinstance(stage.parent_at, int) else max(parent.keep_steps, default=parent.train.steps)
+    return step / parent.train.steps
 
 
 def _many_passes(plan: RunPlan) -> Iterator[str]:

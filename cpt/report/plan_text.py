@@ -148,7 +148,7 @@ def _other_stages(plan: RunPlan) -> list[str]:
         if stage.train is not None and stage.train.stop_if is not None:
             guard = stage.train.stop_if
             lines.append(
-                f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {guard.loss_rises:.3g}"
+                f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {show.share(guard.loss_rises)}"
             )
         if stage.train is None:
             said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto"))

@@ -1,0 +1,84 @@
+"""`cpt diff A B`: how two plans or runs differ, value by value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpt.base.errors import CptError, UsageError
+from cpt.cli.flags import Json, result, result_json
+
+if TYPE_CHECKING:
+    from cpt.plan.types import RunPlan
+
+One = Annotated[str, typer.Argument(metavar="A", help="A run, a plan.json, or a recipe.", show_default=False)]
+Other = Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)]
+Keys = Annotated[list[str] | None, typer.Argument(metavar="key=value ...", help="Overrides of those that are recipes.")]
+
+
+def command(a: One, b: Other, overrides: Keys = None, json: Json = False) -> None:
+    """Show how two plans or runs differ, value by value; what changes a result comes first.
+
+    A and B are run folders or names, `plan.json` files, or recipes with overrides in quotes: `"medical train.seed=2"`.
+    """
+    from cpt.plan.diff import diff, same_result
+    from cpt.report.table import aligned
+
+    first, second = (_plan(text, list(overrides or [])) for text in (a, b))
+    found = diff(first, second)
+    same = same_result(first, second)
+    if json:
+        result_json(
+            {
+                "same_stages": same,
+                "differences": [{"key": d.key, "a": d.a, "b": d.b, "changes_result": d.changes_result} for d in found],
+            }
+        )
+        return
+    if not found:
+        result(f"no difference: both are plan {first.short_id}")
+        return
+    rows = [["key", _label(first), _label(second), ""]]
+    rows += [[d.key, _text(d.a), _text(d.b), "" if d.changes_result else "same result"] for d in found]
+    result("\n".join(line.rstrip() for line in aligned(rows)))
+    if same:
+        result("\nstages with the same result in both: " + ", ".join(same))
+
+
+def _label(plan: RunPlan) -> str:
+    return f"{plan.name} ({plan.short_id})"
+
+
+def _text(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _plan(text: str, overrides: list[str]) -> RunPlan:
+    """The plan that a word stands for: a file, a run, or a recipe with overrides."""
+    from cpt.base.files import read_json
+    from cpt.plan.types import RunPlan, from_json
+    from cpt.report.runs import find_run
+
+    words = text.split()
+    if not words:
+        raise UsageError("an empty text names no plan")
+    path = Path(words[0])
+    if len(words) == 1 and "=" not in words[0]:
+        file = path if path.is_file() and path.suffix == ".json" else None
+        if file is None and path.suffix != ".yaml":
+            try:
+                file = find_run(words[0]) / "plan.json"
+            except CptError:
+                file = None
+        if file is not None:
+            try:
+                return from_json(RunPlan, read_json(file))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UsageError(f"`{file}` is not a plan: {error}") from None
+    from cpt.config import build
+
+    recipe = words[0].removeprefix("recipe=")
+    return build.plan(recipe, [*words[1:], *overrides])
