@@ -183,7 +183,7 @@ def _attempt(folder, stage, names, attempt, first, last, stop, t, rng, note) -> 
             "stage": stage.name,
             "attempt": attempt,
             "step": first,
-            "tokens": first * TOKENS_PER_STEP,
+            "tokens": train.tokens,
             "steps": train.steps,
             "world_size": train.parallel.world_size,
             "tp": train.parallel.tp,
@@ -218,7 +218,8 @@ def _attempt(folder, stage, names, attempt, first, last, stop, t, rng, note) -> 
                 "step_s": 0.6,
                 "losses": losses,
                 "given": given,
-                "skipped": skipped,
+                **({"skipped": skipped} if skipped else {}),
+                "memory_bytes": 700_000_000,
             }
         )
         if stage.name == "domain" and n == 30:

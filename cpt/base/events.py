@@ -5,7 +5,7 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
     stage_start  stage, attempt, step, tokens, steps, world_size, tp, pp, dp, parent, resumed (bool)
     step         step (completed steps), tokens (of the stage so far), loss, lr, grad_norm, tokens_per_s, step_s,
                  losses {source: nats/token}, given {source: tokens so far}, skipped (why, when the update was skipped),
-                 memory (highest of a rank, when it is known) [bytes]
+                 memory_bytes (of rank 0 at its highest)
     eval         step, tokens, when (start | during | end), losses {source: {loss [nats/token], bpb [bits/byte],
                  tokens, bytes, stderr [nats/token]}}, seconds
     save         step, path, seconds, phase

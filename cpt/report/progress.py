@@ -19,7 +19,7 @@ class StageNow:
     loss: float | None = None  # of the newest step that was not skipped [nats/token]
     lr: float | None = None
     tokens_per_s: float | None = None
-    memory: int | None = None  # highest of a rank [bytes]
+    memory: int | None = None  # of rank 0 at its highest [bytes]
     last: float | None = None  # time of the newest event [unix seconds]
     started: bool = False
     ended: bool = False
@@ -48,7 +48,8 @@ class StageNow:
         if kind == "stage_start":
             self.started, self.ended, self._since = True, False, None
             self.attempt = _int(event.get("attempt")) or self.attempt + 1
-            self.step, self.tokens = _int(event.get("step")) or 0, _int(event.get("tokens")) or 0
+            self.step = _int(event.get("step")) or 0
+            self.tokens = self.step * self.total // self.steps if self.steps else 0
             sizes = [(name, _int(event.get(name))) for name in ("tp", "pp", "dp")]
             self.layout = " × ".join(f"{name} {size}" for name, size in sizes if size)
         elif kind == "step":
@@ -69,7 +70,7 @@ class StageNow:
         self.lr = _float(event.get("lr"), self.lr)
         self.loss = _float(event.get("loss"), self.loss)
         self.tokens_per_s = _float(event.get("tokens_per_s"), self.tokens_per_s)
-        memory = _int(event.get("memory"))
+        memory = _int(event.get("memory_bytes"))
         self.memory = memory if memory is not None else self.memory
         self.skipped += bool(event.get("skipped"))
         if self._since is None and self.last is not None:

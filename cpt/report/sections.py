@@ -167,9 +167,11 @@ def matters(run: RunHistory) -> list[dict[str, str]]:
     """Warnings, skipped updates, stops, resumes, guards and failures, in order; the newest when there are very many."""
     found: list[tuple[float, dict[str, str]]] = []
     for stage, events in run.events.items():
+        warned = {event.get("step") for event in events if event.get("kind") == "warning"}
         for event in events:
             text = _matter(event)
-            if text is not None:
+            # A skipped update is warned of already; the bare mark counts where there was no warning.
+            if text is not None and not (text["what"] == "skipped" and event.get("step") in warned):
                 t = event.get("t")
                 found.append((float(t) if isinstance(t, int | float) else 0.0, {"stage": stage, **text}))
     for stage, state in run.states.items():

@@ -54,7 +54,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "forgetting",
                     f"{show.change(forgetting.value)} nats/token",
-                    f"mean over {forgetting.over} domains of last loss minus best earlier loss; above 0 = forgotten",
+                    f"mean over {_domains(forgetting.over)} of last loss minus best earlier loss; above 0 = forgotten",
                 )
             )
         if backward.value is not None:
@@ -62,7 +62,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "backward transfer",
                     f"{show.change(backward.value)} nats/token",
-                    f"score at the end minus right after learning, over {backward.over} domains; below 0 = forgotten",
+                    f"score at the end minus right after learning, over {_domains(backward.over)}; below 0 = forgotten",
                 )
             )
         if forward.value is not None:
@@ -70,7 +70,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "forward transfer",
                     f"{show.change(forward.value)} nats/token",
-                    f"score right before learning minus at the start, over {forward.over} domains; above 0 = helped",
+                    f"score right before learning minus at the start, over {_domains(forward.over)}; above 0 = helped",
                 )
             )
         fuar = matrix.fuar()
@@ -84,6 +84,10 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                     (name, gap.text(), "how far the loss rose in the stage, and when it was back [nats/token]")
                 )
     return found
+
+
+def _domains(count: int) -> str:
+    return "1 domain" if count == 1 else f"{count} domains"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

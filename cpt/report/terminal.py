@@ -75,7 +75,8 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
     if kind == "save":
         return f"{name}  saved{at} in {show.show_duration(_number(event.get('seconds')))}"
     if kind == "warning":
-        return f"warning: {name}{at}: {show.plain(event.get('text', ''))}"
+        text = show.plain(event.get("text", ""))
+        return f"warning: {name}: {text}" if f"step {event.get('step')}" in text else f"warning: {name}{at}: {text}"
     if kind == "guard":
         source = show.plain(event.get("source", "?"), 60)
         before, after = show.loss(_maybe(event.get("before"))), show.loss(_maybe(event.get("now")))
@@ -84,8 +85,6 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
         return f"{name}  stops{at}: {show.plain(event.get('reason', ''))}"
     if kind == "stage_end":
         return f"{name}  done{at} after {show.show_duration(_number(event.get('seconds')))}"
-    if kind == "step" and event.get("skipped"):
-        return f"warning: {name}{at}: the update was skipped: {show.plain(event['skipped'])}"
     if kind == "data":
         tokens = show.show_count(_number(event.get("tokens")))
         return f"data    {show.plain(event.get('source', '?'), 60)}  {tokens} tokens"
