@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cpt.base.events import Event
     from cpt.plan.types import RunPlan
     from cpt.report.terminal import Display
+    from cpt.report.wandb import WandbSink
     from cpt.stages.run import Result
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing, as `cpt plan` does.")]
@@ -67,12 +68,14 @@ class Screen:
     def __init__(self, quiet: bool, every: int | None) -> None:
         self.quiet, self.every = quiet, every
         self.display: Display | None = None
-        self.sinks: list[Any] = []
+        self.wandb: WandbSink | None = None
 
     def started(self, result: Result) -> None:
         """The plan is final and the run folder is ours."""
+        from cpt.report import wandb
         from cpt.report.terminal import make_display
 
+        self.wandb = wandb.start(result.plan, result.run_dir)
         self.display = make_display(result.plan, sys.stderr, sys.stderr.isatty(), every=self.every, quiet=self.quiet)
         if not self.quiet:
             self.line(f"run     {result.run_dir}")
@@ -101,9 +104,12 @@ class Screen:
             sys.stderr.flush()
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """Leave the last state on the screen; wait a little for wandb to send the rest."""
         if self.display is not None:
             self.display.close()
+        problem = self.wandb.close() if self.wandb is not None else None
+        if problem:
+            self.line(f"warning: {problem}; the run does not depend on it, `cpt sync` sends it later")
 
     def _data(self, event: Event) -> None:
         """A long preparation says how far it is: in a terminal on one line that is rewritten."""
@@ -136,14 +142,16 @@ def _show_plan(plan: RunPlan) -> None:
 
 def _finish(result: Result, screen: Screen, json: bool) -> int:
     """The table, the report and the next command; then the error, if the run ended with one."""
+    from cpt.base.errors import DONE, GUARD
     from cpt.cli.flags import result as say
     from cpt.cli.flags import result_json
 
     page = _report(result.run_dir)
     if json:
         result_json(_as_json(result, page))
-    elif result.error is None or result.decisions:
-        if (table := _table(result.run_dir)) is not None:
+    else:
+        measured = result.exit_code in (DONE, GUARD)
+        if measured and (table := _table(result.run_dir)) is not None:
             say(table)
         if page is not None:
             say(f"report  {page}")
@@ -178,7 +186,7 @@ def _report(run_dir: Path) -> Path | None:
     try:
         from cpt.report import page
 
-        return page.write(run_dir)
+        return page.write_page(run_dir)
     except Exception as error:
         warning(f"the report could not be written: {type(error).__name__}: {error}")
         return None
