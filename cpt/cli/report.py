@@ -17,12 +17,12 @@ Out = Annotated[
 
 def command(run: Run, out: Out = None, json: Json = False) -> None:
     """Write one self-contained HTML page about a run, finished or not, from its plan and events."""
-    from cpt.report.page import write
+    from cpt.report.page import write_page
     from cpt.report.runs import find_run
     from cpt.report.table import final_table
 
     folder = find_run(run)
-    path = write(folder, out)
+    path = write_page(folder, out)
     if json:
         from cpt.report.facts import report_json
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Found:
     tokenizer: Path
 
 
-def find(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Found:
+def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
     """The checkpoint that `path` means and the tokenizer that goes with it. No torch is loaded.
 
     Args:
@@ -97,8 +97,11 @@ class Model:
     def __init__(self, found: Found) -> None:
         from cpt.checkpoint import hf, manifest, native
         from cpt.data.tokenizer import auto_bos_eos, load, special_ids
-        from cpt.engine import device, distributed, megatron
+        from cpt.engine import device
         from cpt.plan.types import Parallel
+
+        device.install()  # before Megatron-core is imported: it also silences the import's warnings
+        from cpt.engine import distributed, megatron
 
         self.tokenizer = load(found.tokenizer)
         bos_id, self.eos_id = special_ids(found.tokenizer)
@@ -167,10 +170,8 @@ class Model:
 def _begins_with_bos(found: Found, otherwise: bool) -> bool:
     """Whether the run put a BOS token before each document; else what the tokenizer says."""
     if found.kind == "native":
-        try:
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):
             return bool(read_json(found.folder.resolve().parents[3] / "plan.json")["data"]["bos"])
-        except (OSError, ValueError, IndexError, KeyError, TypeError):
-            pass
     return otherwise
 
 

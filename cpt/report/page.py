@@ -21,7 +21,7 @@ from cpt.report.table import summary
 NAME = "report.html"
 
 
-def write(run_dir: Path, out: Path | None = None) -> Path:
+def write_page(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run and give its path.
 
     Args:

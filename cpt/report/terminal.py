@@ -140,8 +140,13 @@ class Live:
         from rich.console import Console
         from rich.live import Live as RichLive
 
+        class Screen(Console):
+            def on_broken_pipe(self) -> None:
+                """Say nothing more; rich would end the whole process here."""
+                self.quiet = True
+
         self.progress = Progress(plan)
-        self.console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False)
+        self.console = Screen(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False)
         # A terminal that cannot move the cursor gets the plain lines.
         self.lines = Lines(plan, stream) if self.console.is_dumb_terminal or not self.console.is_terminal else None
         self.live: RichLive | None = None

@@ -1,0 +1,119 @@
+"""The chain of a checkpoint back to where it all began."""
+
+import shutil
+
+import pytest
+
+from cpt.base.errors import UsageError
+from cpt.base.files import read_json, write_json
+from cpt.checkpoint import manifest
+from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
+from cpt.plan.types import Parallel
+from cpt.report.lineage import chain, find, lineage_text
+from tests import made_run
+
+
+def checkpoint(run, stage, step, parent):
+    """A checkpoint folder with a manifest that belongs to the made run."""
+    folder = run / "stages" / stage / "checkpoints" / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(stage.encode())
+    facts = Manifest(
+        origin=Origin(stage=stage, fingerprint=stage, plan_id="7c1e92", parent=parent),
+        model=made_run.model(),
+        padded_vocab_size=4096,
+        precision="fp32",
+        layout=Parallel(),
+        phase="end",
+        step=step,
+        tokens=step * made_run.TOKENS_PER_STEP,
+        progress={"lr": {"last": 1e-4}},
+        files={"weights": FileFacts(size=len(stage), crc32=manifest.crc32_of(folder / "weights"))},
+    )
+    manifest.write(folder, facts)
+    return folder, {"path": str(folder), "identity": facts.identity}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = made_run.make(tmp_path / "runs")
+    parent = None
+    for stage, step in (("base", 150), ("domain", 120), ("anneal", 50)):
+        _, parent = checkpoint(folder, stage, step, parent)
+    (folder / "stages" / "export" / "hf").mkdir()
+    write_json(folder / "stages" / "export" / "hf" / "config.json", {})
+    return folder
+
+
+def test_a_run_leads_back_to_random_weights(run):
+    links = chain(find(str(run / "stages" / "anneal")))
+    assert [(x.kind, x.stage) for x in links] == [
+        ("stage", "anneal"),
+        ("stage", "domain"),
+        ("stage", "base"),
+        ("scratch", ""),
+    ]
+    domain = links[1]
+    assert domain.mixture == {"medical": 0.7, "general (replay)": 0.3}
+    assert domain.lr == (5e-4, 1e-3, 5e-4) and domain.schedule == "infinite"
+    assert domain.losses["medical"] == made_run.loss_of("domain", 1, 1.0)
+    assert domain.tokens == 120 * made_run.TOKENS_PER_STEP
+
+
+def test_a_run_is_found_by_name_and_an_export_by_its_folder(run):
+    assert chain(find(run.name, run.parent))[0].stage == "anneal"
+    exported = chain(find(str(run / "stages" / "export" / "hf")))
+    assert [x.kind for x in exported] == ["export", "stage", "stage", "stage", "scratch"]
+
+
+def test_a_model_from_outside_is_the_end(run, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    write_json(base / "config.json", {"model_type": "llama"})
+    folder, _ = checkpoint(run, "other", 7, {"path": str(base), "identity": "abc"})
+    links = chain(folder)
+    assert [x.kind for x in links] == ["stage", "base"] and links[1].identity == "abc"
+    assert links[0].mixture == {}  # the plan knows no such stage
+    assert chain(base)[0].kind == "base"
+
+
+def test_a_parent_that_is_gone_is_named(run):
+    shutil.rmtree(run / "stages" / "base" / "checkpoints")
+    links = chain(find(str(run / "stages" / "anneal")))
+    assert links[-1].kind == "gone" and "not there any more" in links[-1].note
+    assert "a parent that cannot be read" in lineage_text(links)
+
+
+def test_a_parent_whose_manifest_is_damaged_is_named(run):
+    (run / "stages" / "base" / "checkpoints" / "iter_0000150" / "manifest.json").write_text("{")
+    links = chain(find(str(run / "stages" / "anneal")))
+    assert links[-1].kind == "gone" and "cannot be read" in links[-1].note
+
+
+def test_a_parent_that_was_changed_since_is_named(run):
+    path = run / "stages" / "domain" / "checkpoints" / "iter_0000120" / "manifest.json"
+    value = read_json(path)
+    value["files"]["weights"]["crc32"] = "00000000"
+    write_json(path, value)
+    links = chain(find(str(run / "stages" / "anneal")))
+    assert "has changed since" in links[1].note and links[0].note == ""
+
+
+def test_a_chain_that_bites_its_tail_ends(run):
+    first = run / "stages" / "base" / "checkpoints" / "iter_0000150" / "manifest.json"
+    value = read_json(first)
+    value["origin"]["parent"] = {
+        "path": str(run / "stages" / "anneal" / "checkpoints" / "iter_0000050"),
+        "identity": "",
+    }
+    write_json(first, value)
+    with pytest.raises(UsageError, match="among its parents"):
+        chain(find(str(run / "stages" / "anneal")))
+
+
+def test_the_text_shows_tokens_mixture_lrs_and_losses(run):
+    text = lineage_text(chain(find(str(run / "stages" / "anneal"))))
+    assert "domain of demo-7c1e92 · step 120 · 492K tokens" in text
+    assert "mixture  medical 70.0 %, general (replay) 30.0 %" in text
+    assert "lr       5.0e-04 → 1.0e-03 → 5.0e-04 (infinite)" in text
+    assert "random initial weights" in text
