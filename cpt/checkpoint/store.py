@@ -41,6 +41,11 @@ def folder_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, whole or not."""
+    return _FOLDER.fullmatch(name) is not None
+
+
 def steps(checkpoints: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint folder, whole or not, oldest first."""
     found = []
@@ -75,7 +80,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"`{path}` is not a folder")
-    if _FOLDER.fullmatch(path.name) or (path / manifests.NAME).is_file():
+    if is_folder_name(path.name) or (path / manifests.NAME).is_file():
         why = why_not_whole(path)
         if why is not None:
             raise UsageError(f"`{path}` is not whole: {why}")

@@ -1,0 +1,166 @@
+"""`cpt ckpt` and `cpt sample` through the real entry point."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpt.base.files import write_json
+from cpt.checkpoint import store
+from cpt.plan.types import ModelConfig, Optimizer, Parallel, Saving
+from tests.dist.ranks import run_ranks
+from tests.shared import shared_data
+
+
+def cpt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cpt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def a_model(vocab_size: int) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        num_query_groups=1,
+        head_dim=8,
+        vocab_size=vocab_size,
+        max_position_embeddings=12,
+        norm_eps=1e-5,
+        init_std=1.0,
+    )
+
+
+def save_steps(root: str, vocab_size: int, tokenizer_hash: str) -> None:
+    from cpt.checkpoint.manifest import Origin
+    from cpt.checkpoint.store import StageStore
+    from cpt.engine import megatron
+    from cpt.engine.ports import Progress
+
+    engine = megatron.build(a_model(vocab_size), Parallel(dp=2), precision="fp32", optimizer=Optimizer(), seed=3)
+    origin = Origin(stage="domain", tokenizer_hash=tokenizer_hash, plan_id="abcdef12", fingerprint="123456")
+    keeper = StageStore(Path(root) / "stages" / "domain", Saving(), origin=origin)
+    for step in (5, 10):
+        keeper.save(engine, Progress(step=step, tokens=step * 1000, lr={"last": 3e-5}), phase="train")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with two checkpoints and a small tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from cpt.data.tokenizer import tokenizer_hash
+
+    root = tmp_path_factory.mktemp("runs") / "demo-123456"
+    (root / "tokenizer").mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog, über die Straße 你好"] * 5, trainer)
+    file = root / "tokenizer" / "tokenizer.json"
+    tokenizer.save(str(file))
+    run_ranks(Parallel(dp=2), save_steps, str(root), tokenizer.get_vocab_size(), tokenizer_hash(file))
+    write_json(root / "prepared.json", {"tokenizer": str(file)})
+    write_json(root / "plan.json", {"stages": {"domain": {}}, "data": {"bos": False}})
+    return root
+
+
+def test_list_shows_which_checkpoints_are_whole(run: Path) -> None:
+    half = run / "stages" / "domain" / "checkpoints" / "iter_0000015"
+    half.mkdir()
+    try:
+        done = cpt("ckpt", "list", str(run))
+        assert done.returncode == 0 and done.stderr == ""
+        lines = done.stdout.splitlines()
+        assert len(lines) == 4 and "tp 1 × pp 1 × dp 2" in lines[1] and "5,000" in lines[1]
+        assert "not whole" in lines[3] and "its save never finished" in lines[3]
+        rows = json.loads(cpt("ckpt", "list", str(run), "--json").stdout)
+        assert [(r["step"], r["whole"]) for r in rows] == [(5, True), (10, True), (15, False)]
+    finally:
+        half.rmdir()
+
+
+def test_show_says_what_a_checkpoint_is(run: Path) -> None:
+    done = cpt("ckpt", "show", str(run))
+    assert done.returncode == 0
+    for words in ("domain, step 10, 10.0K tokens, train", "Adam, 0 updates", "lr         3e-05", "abcdef", "torch "):
+        assert words in done.stdout
+    assert json.loads(cpt("ckpt", "show", str(run), "--json").stdout)["step"] == 10
+
+
+def test_verify_finds_one_wrong_byte(run: Path) -> None:
+    folder = run / "stages" / "domain" / "checkpoints" / store.folder_name(10)
+    assert cpt("ckpt", "verify", str(run)).stdout == f"{folder}: good\n"
+    shard = folder / "__1_0.distcp"
+    good = shard.read_bytes()
+    try:
+        shard.write_bytes(good[:3000] + bytes([good[3000] ^ 1]) + good[3001:])
+        done = cpt("ckpt", "verify", str(folder))
+        assert done.returncode == 1 and "`__1_0.distcp` has other bytes than were written" in done.stdout
+        shard.write_bytes(good[:-1])
+        done = cpt("ckpt", "verify", str(folder), "--json")
+        assert done.returncode == 1 and not json.loads(done.stdout)["good"]
+        assert cpt("ckpt", "show", str(folder)).returncode == 2
+    finally:
+        shard.write_bytes(good)
+
+
+def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    for arguments, words in (
+        (("ckpt", "list", str(tmp_path / "none")), "is not a folder"),
+        (("ckpt", "show", str(tmp_path)), "holds no checkpoint"),
+        (("ckpt", "verify", str(tmp_path)), "holds no checkpoint"),
+        (("sample", str(tmp_path), "x"), "holds no checkpoint"),
+        (("sample", str(tmp_path), "x", "--top-p", "0"), "`--top-p` is 0.0"),
+    ):
+        done = cpt(*arguments)
+        assert done.returncode == 2 and done.stdout == "" and words in done.stderr.splitlines()[0], arguments
+
+
+CONTINUATIONS = """
+import json, sys
+from cpt.evaluate.sample import Model, Sampling, find
+model = Model(find(sys.argv[1]))
+warm = {"temperature": 2, "seed": 4, "ignore_eos": True}
+ways = [{}, {"temperature": 1, "top_p": 1e-9}, warm, warm, {"tokens": 3}]
+print(json.dumps(["".join(model.continuation(sys.argv[2], Sampling(**{"tokens": 30, **way}))) for way in ways]))
+"""
+
+
+def test_sample_continues_a_text_the_same_way_each_time(run: Path) -> None:
+    """More tokens than the model has positions, characters of several tokens."""
+    text = "the quick 你好"
+    script = subprocess.run([sys.executable, "-c", CONTINUATIONS, str(run), text], capture_output=True, text=True)
+    assert script.returncode == 0, script.stderr
+    greedy, narrow, warm, again, short = json.loads(script.stdout)
+    assert greedy and greedy == narrow and warm == again != greedy and greedy.startswith(short.rstrip("�"))
+    done = cpt("sample", str(run), text, "--tokens", "30")
+    assert done.stdout == f"{text}{greedy}\n"
+    assert done.stderr == f"note: using `{run / 'stages/domain/checkpoints/iter_0000010'}`\n"
+
+
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    text = (run / "tokenizer" / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text + " ")
+    done = cpt("sample", str(run), "x", "--tokenizer", str(tmp_path))
+    assert done.returncode == 2 and "is not the tokenizer that" in done.stderr
+
+
+def test_a_real_model_tells_its_known_story() -> None:
+    folder = shared_data("models", "stories260K")
+    expected = json.loads(shared_data("ckpt", "stories260k-hf", "expected.json").read_text())
+    ids = next(v for v in expected.values() if isinstance(v, list) and len(v) >= 200 and isinstance(v[0], int))
+    done = cpt("sample", str(folder), "", "--tokens", "120", "--json")
+    assert done.returncode == 0, done.stderr
+    from tokenizers import Tokenizer
+
+    story = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids[:121] if ids[0] == 1 else ids[:120])
+    assert json.loads(done.stdout)["continuation"].strip() == story.strip()
