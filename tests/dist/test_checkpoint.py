@@ -574,3 +574,50 @@ def test_a_checkpoint_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path
     assert manifests.read(folder).phase == "stop" and verify.verify(folder) == []
     assert run_ranks(Parallel(), use_the_one_before, str(tmp_path / "b"))[0][0] == "iter_0000001"
     assert sorted(os.listdir(folder.parent)) == ["iter_0000001", store.TRACKER]
+
+
+def stored(model: ModelConfig, parallel: Parallel, folder: str) -> None:
+    from cpt.checkpoint import native
+    from cpt.engine import megatron
+
+    native.save(megatron.build(model, parallel, precision="fp32", optimizer=None, seed=5), folder, progress=progress(1))
+
+
+def imported(model: ModelConfig, source: str, folder: str) -> None:
+    from cpt.checkpoint import hf, native
+    from cpt.engine import megatron
+
+    engine = megatron.build(model, Parallel(), precision="fp32", optimizer=None, seed=6)
+    hf.load(engine, source)
+    native.save(engine, folder, progress=progress(1))
+
+
+@pytest.mark.parametrize("model", [LLAMA, TIED, NEOX], ids=["llama", "tied", "neox"])
+def test_export_to_hugging_face_and_back_keeps_every_bit(model: ModelConfig, tmp_path: Path) -> None:
+    from cpt.checkpoint import export, hf, native
+
+    parallel = Parallel(tp=2, pp=2, layers=(3, 2) if model is TIED else None)
+    first, last = tmp_path / "iter_0000001", tmp_path / "iter_0000002"
+    run_ranks(parallel, stored, model, parallel, str(first))
+    export.to_hf(first, tmp_path / "hf")
+    assert hf.read_config(tmp_path / "hf").num_parameters == model.num_parameters
+    run_ranks(Parallel(), imported, model, str(tmp_path / "hf"), str(last))
+    found = dict(native.tensors(last))
+    names = 0
+    for key, tensor in native.tensors(first):
+        other = found.pop(key)
+        if key.endswith(("word_embeddings.weight", "output_layer.weight")):
+            tensor, other = tensor[: model.vocab_size], other[: model.vocab_size]
+        assert tensor.equal(other), key
+        names += 1
+    assert not found and names > 5 * model.num_layers
+
+
+def test_an_export_without_room_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpt.checkpoint import export
+
+    run_ranks(Parallel(), stored, LLAMA, Parallel(), str(tmp_path / "iter_0000001"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(StageFailed, match="not enough disk space to write"):
+        export.to_hf(tmp_path / "iter_0000001", tmp_path / "deep" / "hf")
+    assert not (tmp_path / "deep").exists()
