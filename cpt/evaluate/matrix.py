@@ -103,6 +103,12 @@ class Matrix:
         """Mean of `forgetting_of` over all domains."""
         return mean([self.forgetting_of(d) for d in self.domains] if self.last else [])
 
+    def forgetting_of_older(self) -> Measure:
+        """Mean of `forgetting_of` over the domains known before the newest ones were learned: no gain hides a loss."""
+        latest = max(self.learned[d] for d in self.domains) if self.domains else 0
+        older = [d for d in self.domains if self.learned[d] < latest]
+        return mean([self.forgetting_of(d) for d in older] if self.last else [])
+
     def learned_loss(self) -> Measure:
         """Mean loss of each domain right after the stage that learned it: mean of L[j][j] [nats/token]."""
         return mean([-self.column(d)[self.learned[d]] for d in self.domains if self.learned[d] >= 1])

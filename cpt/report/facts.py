@@ -16,7 +16,8 @@ def report_json(run_dir: Path) -> dict[str, Any]:
     matrix = account.matrix
     measures: dict[str, Any] = {}
     if matrix is not None:
-        for name in ("overall", "backward_transfer", "forward_transfer", "forgetting", "learned_loss", "retained_loss"):
+        names = ("overall", "backward_transfer", "forward_transfer", "forgetting", "forgetting_of_older")
+        for name in (*names, "learned_loss", "retained_loss"):
             measures[name] = asdict(getattr(matrix, name)())
         measures["fuar"] = matrix.fuar()
     return {

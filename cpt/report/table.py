@@ -48,13 +48,17 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     matrix = account.matrix
     if matrix is not None:
-        backward, forward, forgetting = matrix.backward_transfer(), matrix.forward_transfer(), matrix.forgetting()
+        backward, forward, forgetting = (
+            matrix.backward_transfer(),
+            matrix.forward_transfer(),
+            matrix.forgetting_of_older(),
+        )
         if forgetting.value is not None:
             found.append(
                 (
                     "forgetting",
                     f"{show.change(forgetting.value)} nats/token",
-                    f"mean over {_domains(forgetting.over)} of last loss minus best earlier loss; above 0 = forgotten",
+                    f"last loss minus best earlier, over {_domains(forgetting.over)} known before; above 0 = forgotten",
                 )
             )
         if backward.value is not None:

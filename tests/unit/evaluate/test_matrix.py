@@ -41,6 +41,11 @@ def test_forgetting_takes_the_best_earlier_score_and_may_be_negative():
     assert (measured.value, measured.over) == ((5 + 5 - 34) / 3, 3)
 
 
+def test_forgetting_of_older_domains_leaves_the_newest_gain_out():
+    measured = matrix().forgetting_of_older()
+    assert (measured.value, measured.over) == ((5 + 5) / 2, 2)
+
+
 def test_overall_performance():
     assert matrix().overall().value == pytest.approx(170 / 3)
 
