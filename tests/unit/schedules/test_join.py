@@ -211,3 +211,17 @@ def test_a_stage_that_ended_at_zero_hands_over_no_peak():
     parts = [stage("a", 100, {"schedule": "linear", "peak": 1e-3})]
     error = fails([*parts, stage("b", 9, {"schedule": "cosine"}, keep=True, parent="a")])
     assert "`peak` is missing" in error.message
+
+
+def test_a_chain_of_forks_stays_on_the_constant_lr_with_only_an_anneal_given():
+    first = {**INFINITE, "constant": 4e-4, "end": 1e-5, "warmup": "10K", "cooldown": "100K", "anneal": "10%"}
+    again = {"schedule": "infinite", "counter": "run", "anneal": "20K"}
+    parts = [stage("first", 400, first)]
+    parts.append(stage("second", 150, again, keep=True, parent="first", at="pre_anneal"))
+    parts.append(stage("third", 150, again, keep=True, parent="second", at="pre_anneal"))
+    resolved = resolve(parts)
+    for name in ("second", "third"):
+        every = lrs(resolved[name], 150)
+        assert every[:130] == [4e-4] * 130
+        assert every[-1] == pytest.approx(4e-4 * (1e-5 / 4e-4) ** (19 / 20), rel=1e-12)
+    assert resolved["third"].offset == 360 + 130
