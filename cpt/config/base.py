@@ -72,7 +72,7 @@ def _no_folder(text: str, path: Path) -> UsageError:
 
 
 def _hf(path: Path, text: str) -> Checkpoint:
-    from cpt.checkpoint import hf
+    from cpt.checkpoint import hf_config
 
     files = sorted({f for pattern in _WEIGHTS for f in path.glob(pattern)})
     if not files:
@@ -82,7 +82,7 @@ def _hf(path: Path, text: str) -> Checkpoint:
             f"`{text}` has its weights as pickled files, which can run code when they are read",
             "save them as `.safetensors` with transformers: `model.save_pretrained(folder)`",
         )
-    model = hf.read_config(path)
+    model = hf_config.read_config(path)
     weights = [f for f in files if f.suffix == ".safetensors"]
     identity = hash_text(canonical_json([read_json(path / "config.json"), [_content(f) for f in weights]]))
     tokenizer = path if (path / "tokenizer.json").is_file() else None
@@ -140,7 +140,7 @@ def _parent_lr(progress: dict[str, Any]) -> ParentLr | None:
     said = progress.get("lr") or {}
     if not isinstance(said, dict) or "last" not in said:
         return None
-    curve = said.get("curve")
+    curve = said.get("lr")
     lr = from_json(Lr, curve) if isinstance(curve, dict) else None
     return ParentLr(last=float(said["last"]), run_step=int(progress.get("run_step", 0)), lr=lr)
 

@@ -26,7 +26,7 @@ from cpt.config import stages as stage_values
 from cpt.config.compose import Composed, compose
 from cpt.config.order import From
 from cpt.config.read import Reading, complete, make, overlay, read
-from cpt.config.schema import PARALLEL, ROOT, Section, node_at
+from cpt.config.schema import ROOT, Section, node_at
 from cpt.config.suggest import dotted
 from cpt.plan import check, fingerprint
 from cpt.plan.budget import check_memory
@@ -234,6 +234,7 @@ def _stages(
     devices = launcher.num_devices() if launcher is not None else None
     below = work.values.get("train") or {}
     saving = work.values.get("checkpoint") or {}
+    measured = tuple(n for n, s in sources.items() if s.valid > 0 or s.valid_paths)
     built: dict[str, StagePlan] = {}
     outside: dict[str, bases.Checkpoint] = {}
     for name, parent in order.items():
@@ -264,13 +265,14 @@ def _stages(
                     from_scratch=scratch,
                     built=built,
                     sources=tuple(sources),
+                    measured=measured,
                     num_devices=devices,
                 )
                 _long_enough(name, merged)
                 train = stage_values.build_train(merged, around)
                 built[name] = StagePlan(**common, keep=_keep(merged), train=train)
             else:
-                built[name] = StagePlan(**common, options=_options(kind, values, below, devices, tuple(sources)))
+                built[name] = StagePlan(**common, options=_options(kind, values, below, measured))
     return built, outside
 
 
@@ -288,29 +290,15 @@ def _long_enough(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _options(
-    kind: str,
-    values: Mapping[str, Any],
-    train: Mapping[str, Any],
-    devices: int | None,
-    sources: tuple[str, ...],
+    kind: str, values: Mapping[str, Any], train: Mapping[str, Any], sources: tuple[str, ...]
 ) -> dict[str, Any]:
     """Options of a stage of another kind: as given, then from `train` where it has the key, then the class's own."""
-    from cpt.config.schema import TRAIN_KEYS, Key
     from cpt.stages import STAGES
 
     cls = STAGES.get(kind)
     given = {k: v for k, v in values.items() if k not in ("kind", "from")}
     names: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-    for name in names:
-        node = TRAIN_KEYS.get(name)
-        if name in given or node is None:
-            continue
-        if name in train:
-            given[name] = train[name]
-        elif isinstance(node, Key) and node.default != "required" and node.default is not None:
-            given[name] = node.default
-    if "parallel" in names:
-        given["parallel"] = to_json(stage_values.parallel(given.get("parallel") or complete(PARALLEL, {}), devices))
+    given |= {name: train[name] for name in names if name not in given and name in train}
     if "sources" in names and not given.get("sources"):
         given["sources"] = sources
     made = make(cls, given)

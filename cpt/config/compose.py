@@ -17,7 +17,7 @@ from typing import Any
 from cpt.base.errors import CptError, UsageError
 from cpt.base.registry import nearest, unknown
 from cpt.config import overrides as ov
-from cpt.config.schema import ROOT, Part
+from cpt.config.schema import ROOT, Part, Section
 from cpt.config.suggest import dotted, quote_hint
 
 DEFAULT = "default"
@@ -163,8 +163,12 @@ def _split_picks(values: Sequence[ov.Override], cwd: Path) -> tuple[list[tuple[s
     for override in values:
         group = override.path[0]
         single = len(override.path) == 1 and override.operation != "remove" and isinstance(override.value, str)
-        if single and str(override.value) in group_options(group, cwd):
+        options = group_options(group, cwd) if single else []
+        node = ROOT.keys.get(group)
+        if override.value in options:
             picks.append((group, str(override.value)))
+        elif options and isinstance(node, Section) and node.short is None:
+            raise unknown(group, override.value, options)
         else:
             rest.append(override)
     return picks, rest
@@ -184,33 +188,28 @@ def _hydra(
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """What Hydra makes of the recipe file and the picks: the unresolved mapping, and the origin of each leaf."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
     from hydra.core.plugins import Plugins
-    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     Plugins.instance()
     _store_registries(cwd)
     path = ConfigSearchPathImpl()
-    path.append("hydra", "pkg://hydra.conf")
     for folder in dict.fromkeys([file.parent, *recipe_folders(cwd), *conf_folders(cwd)]):
         path.append("cpt", f"file://{folder}")
     path.append("schema", "structured://")
-    loader = ConfigLoaderImpl(path)
+    # What `hydra.compose` does, without Hydra's own settings in front: none of them is used, and they take most time.
+    repository = CachingConfigRepository(ConfigRepository(config_search_path=path))
     try:
-        texts = _picks_as_overrides(loader, file.stem, picks)
-        _refuse_hydra_settings(loader, file)
-        defaults = loader.compute_defaults_list(file.stem, texts, RunMode.RUN).defaults
-        composed = loader.load_configuration(file.stem, texts, RunMode.RUN)
+        _refuse_hydra_settings(repository, file)
+        defaults = _defaults(repository, file.stem, picks)
+        composed = ConfigLoaderImpl(path)._compose_config_from_defaults_list(defaults, repository)
         config: Any = OmegaConf.to_container(composed, resolve=False)
-        assert isinstance(config, dict)
-        config.pop("hydra", None)
         origins: dict[tuple[str, ...], str] = {}
         for default in defaults:
             name = default.config_path or ""
-            if name.startswith("hydra/"):
-                continue
-            loaded = loader.repository.load_config(name)
+            loaded = repository.load_config(name)
             if loaded is None:
                 continue
             where = f"{name}.yaml" if loaded.path.startswith("file:") else name.replace("/", "=")
@@ -224,21 +223,32 @@ def _hydra(
         raise _hydra_error(error, file) from error
 
 
-def _picks_as_overrides(loader: Any, recipe: str, picks: Sequence[tuple[str, str]]) -> list[str]:
-    """`group=option` for a group in the recipe's defaults, `+group=option` for one that is not."""
+def _defaults(repository: Any, recipe: str, picks: Sequence[tuple[str, str]]) -> list[Any]:
+    """The files that a recipe is made of, in the order in which they are merged.
+
+    A pick is `group=option` in Hydra's grammar for a group in the recipe's defaults, `+group=option` for another one.
+    """
+    from hydra._internal.defaults_list import create_defaults_list
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import ConfigCompositionException
-    from hydra.types import RunMode
+
+    def listed(texts: list[str]) -> list[Any]:
+        overrides = OverridesParser.create().parse_overrides(texts)
+        found = create_defaults_list(
+            repo=repository, config_name=recipe, overrides_list=overrides, prepend_hydra=False, skip_missing=False
+        )
+        return list(found.defaults)
 
     texts: list[str] = []
     for group, option in picks:
         try:
-            loader.compute_defaults_list(recipe, [f"{group}={option}"], RunMode.RUN)
+            listed([*texts, f"{group}={option}"])
             texts.append(f"{group}={option}")
         except ConfigCompositionException as error:
             if "No match in the defaults list" not in str(error):
                 raise
             texts.append(f"+{group}={option}")
-    return texts
+    return listed(texts)
 
 
 def _store_registries(cwd: Path) -> None:
@@ -262,22 +272,20 @@ def _parts() -> dict[str, Part]:
     return {"launcher": launcher, "schedule": LR}
 
 
-def _refuse_hydra_settings(loader: Any, file: Path) -> None:
+def _refuse_hydra_settings(repository: Any, file: Path) -> None:
     from omegaconf import OmegaConf
 
-    loaded = loader.repository.load_config(file.stem)
+    loaded = repository.load_config(file.stem)
     if loaded is None or not OmegaConf.is_dict(loaded.config):
         raise UsageError(f"`{file.name}` is not a recipe: it holds no keys")
-    entries = (
-        OmegaConf.to_container(loaded.defaults_list)
-        if OmegaConf.is_config(loaded.defaults_list)
-        else loaded.defaults_list
-    )
-    named = "hydra/" in str(entries) or "hydra" in loaded.config
-    if named:
+    entries = loaded.defaults_list
+    text = str(OmegaConf.to_container(entries, resolve=False) if OmegaConf.is_config(entries) else entries)
+    if "hydra/" in text or "hydra" in loaded.config:
         raise UsageError(
             f"`{file.name}` sets `hydra`, which would have no effect: `cpt` uses Hydra to read recipes and nothing else"
         )
+    if _RESOLVER.search(text):
+        raise UsageError(f"`{file.name}`: `defaults` names files and takes no `${{...:...}}`")
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

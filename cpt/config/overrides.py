@@ -59,6 +59,8 @@ def parse(texts: Sequence[str]) -> Overrides:
 
 
 def _parse_one(text: str) -> Override:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"`{text}` is not UTF-8 text")
     key, equals, value = text.partition("=")
     match = re.fullmatch(r"(\+\+|\+|~)?(.*)", key.strip(), re.DOTALL)
     assert match is not None

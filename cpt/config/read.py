@@ -140,21 +140,25 @@ def _part(part: Part, value: Mapping[str, Any], path: Path_, reading: Reading) -
         reading.wrong((*path, part.select), UsageError(f"`{chosen}` is not a name", quote_hint(chosen)))
         return {}
     if chosen is None:
-        if set(value) - {*part.extra}:
+        possible = schema.children(part)
+        wrong = [name for name in value if name not in possible]
+        for name in wrong:
+            reading.errors.append(unknown_key((*path, name), possible, schema.every_key(), reading.recipe))
+        if not wrong and set(value) - {*part.extra}:
             known = ", ".join(f"`{name}`" for name in registry)
             reading.errors.append(UsageError(f"`{dotted((*path, part.select))}` is missing", f"known: {known}"))
         return {k: v for k, v in value.items() if k in part.extra}
-    if chosen not in registry:
+    if not isinstance(chosen, str) or chosen not in registry:
         error = unknown(registry.kind, chosen, registry)
         reading.wrong((*path, part.select), error)
         return {}
-    keys = schema.part_keys(part, str(chosen))
+    keys = schema.part_keys(part, chosen)
     found: dict[str, Any] = {part.select: chosen}
     for name, below in value.items():
         if name == part.select:
             continue
         if name not in keys:
-            reading.errors.append(_no_option(part, str(chosen), (*path, name), keys, reading.recipe))
+            reading.errors.append(_no_option(part, chosen, (*path, name), keys, reading.recipe))
         elif below is None:
             continue
         elif below == UNFILLED:
@@ -189,13 +193,13 @@ def _stage(section: Section, value: Mapping[str, Any], path: Path_, reading: Rea
         reading.wrong((*path, "kind"), UsageError(f"`{kind}` is not a kind of stage", quote_hint(kind)))
         return {}
     known = sorted({*STAGES, "train"})
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         reading.wrong((*path, "kind"), unknown("kind of stage", kind, known))
         return {}
     if kind == "train":
         return _section(section, value, path, reading)
     keys = {name: schema.STAGE_KEYS[name] for name in ("kind", "from")}
-    options = schema.stage_options(str(kind))
+    options = schema.stage_options(kind)
     keys |= {name: schema.TRAIN_KEYS.get(name, key) for name, key in options.items()}
     found = {}
     for name, below in value.items():

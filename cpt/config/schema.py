@@ -139,7 +139,7 @@ EVALUATE = Section(
         "every": Key(
             kinds.optional(kinds.count()), "also measure every so many tokens", None, "at the stage's start and end"
         ),
-        "sources": Key(kinds.optional(kinds.names()), "what is measured", None, "every source of the run"),
+        "sources": Key(kinds.optional(kinds.names()), "what is measured", None, "every source with held-out text"),
         "tokens": Key(kinds.count(), "validation tokens per source, at most", 131_072),
         "at_start": Key(kinds.flag, "measure before the first step", True),
     },
@@ -359,11 +359,24 @@ def options_of(cls: Any) -> dict[str, Key]:
         what = f"{f.type}" if isinstance(f.type, str) else getattr(f.type, "__name__", "value")
         shown_kind = unit or what.replace(" | None", "").replace("str", "text").replace("bool", "true | false")
         found[f.name] = Key(
-            Kind(shown_kind, lambda value: value),
+            _kind_of(str(what), shown_kind),
             f.metadata.get("help") or said.get(f.name, ""),
             default if given else REQUIRED,
         )
     return found
+
+
+def _kind_of(annotation: str, shown: str) -> Kind:
+    """How an option with a simple annotation is read; others are left to their class."""
+    simple = {
+        "int": kinds.integer(),
+        "float": kinds.number(),
+        "bool": kinds.flag,
+        "str": kinds.text,
+        "tuple[str, ...]": kinds.names(),
+    }
+    found = simple.get(annotation.removesuffix(" | None"))
+    return Kind(shown, found.read if found else lambda value: value)
 
 
 def _said_of_options(cls: Any) -> dict[str, str]:

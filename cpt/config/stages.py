@@ -40,6 +40,7 @@ class Surroundings:
     from_scratch: bool
     built: Mapping[str, StagePlan]  # the stages before it
     sources: tuple[str, ...]  # of the run
+    measured: tuple[str, ...]  # those of which something is held out
     num_devices: int | None  # of the launcher
 
 
@@ -81,7 +82,7 @@ def build_train(values: Mapping[str, Any], around: Surroundings) -> Train:
         recompute=full["recompute"],
         methods=methods,
         evaluate=Evaluate(
-            sources=evaluate["sources"] if evaluate["sources"] is not None else around.sources,
+            sources=evaluate["sources"] if evaluate["sources"] is not None else around.measured,
             every_steps=_steps(evaluate["every"], per_step),
             tokens=evaluate["tokens"],
             at_start=evaluate["at_start"],

@@ -31,11 +31,11 @@ def unknown_key(
     hints = []
     near = nearest(key, siblings)
     exact = _elsewhere(path, everywhere, exact=True)
-    if exact and (near is None or near != key):
+    if exact:
         hints.append(_where(exact))
-    if near:
+    elif near:
         hints.append(f"did you mean `{dotted([*parent, near])}`?")
-    elif not exact:
+    else:
         loose = _elsewhere(path, everywhere, exact=False)
         if loose:
             hints.append(f"did you mean `{dotted(loose[0])}`?")

@@ -176,6 +176,8 @@ def expand(patterns: Sequence[str], folder: str | Path) -> tuple[str, ...]:
             if os.path.isfile(match):
                 file_kind(match)
                 found.add(match)
+            elif match == full and not os.path.isdir(match):
+                raise UsageError(f"`{pattern}` is neither a file nor a folder")
             elif match == full:
                 inside = [os.path.join(match, name) for name in os.listdir(match) if not name.startswith(".")]
                 found.update(name for name in inside if os.path.isfile(name) and _readable(name))

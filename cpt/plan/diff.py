@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.plan.fingerprint import LAYOUT
 from cpt.plan.types import RunPlan, to_json
 
 ABSENT = "absent"
@@ -73,4 +74,4 @@ def _matters(key: str) -> bool:
             "stop_if",
         )
         return parts[3] not in without
-    return not (len(parts) > 3 and parts[2] == "options" and parts[3] in ("parallel", "micro_batch_size"))
+    return not (len(parts) > 3 and parts[2] == "options" and parts[3] in LAYOUT)

@@ -14,6 +14,7 @@ from cpt.base.files import canonical_json, hash_text
 from cpt.plan.types import RunPlan, StagePlan, Train, to_json
 
 FORMAT = 1
+LAYOUT = ("tp", "pp", "dp", "micro_batch_size")  # options of a stage that change its speed only
 
 
 def with_fingerprints(plan: RunPlan, outside: Mapping[str, str], curves: Mapping[str, Sequence[float]]) -> RunPlan:
@@ -108,7 +109,7 @@ def _train(plan: RunPlan, train: Train, curve: Sequence[float]) -> dict[str, Any
 
 def _options(plan: RunPlan, stage: StagePlan) -> dict[str, Any]:
     """Options of a stage that is no train stage; sources by content, without how it is laid out."""
-    options = {k: v for k, v in to_json(stage.options).items() if k not in ("parallel", "micro_batch_size")}
+    options = {k: v for k, v in to_json(stage.options).items() if k not in LAYOUT}
     if "sources" in options:
         options["sources"] = [content_of(plan, name) for name in sorted(options["sources"])]
     return options

@@ -146,10 +146,8 @@ def _other_stages(plan: RunPlan) -> list[str]:
     lines = []
     for stage in plan.stages.values():
         if stage.train is not None and stage.train.stop_if is not None:
-            guard = stage.train.stop_if
-            lines.append(
-                f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {show.share(guard.loss_rises)}"
-            )
+            guard, rise = stage.train.stop_if, show.share(stage.train.stop_if.loss_rises)
+            lines.append(f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {rise}")
         if stage.train is None:
             said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto"))
             lines.append(f"{stage.kind:<7} {stage.name}: {said}")
