@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +41,6 @@ def install() -> torch.device:
     Call before anything of Megatron-core is built. Calling it again does nothing.
     """
     global _installed
-    _silence_warnings()
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if not _installed:
@@ -63,18 +60,6 @@ def has_cuda() -> bool:
 def backend() -> str:
     """Name of the torch.distributed backend for this machine."""
     return "nccl" if has_cuda() else "gloo"
-
-
-def _silence_warnings() -> None:
-    """Megatron-core and torch warn on every rank about missing kernels and names to come; nobody can act on it.
-
-    `cpt doctor` says once which kernels are missing.
-    """
-    for module in (r"megatron\.", r"torch\.distributed"):
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 class _Instant:

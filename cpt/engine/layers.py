@@ -58,9 +58,30 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, same shape and dtype."""
+        if self.rms and x.dtype == torch.float32:
+            return _RMSNorm.apply(x, self.weight, self.eps)
         if self.rms:
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x · w / √(mean(x²) + ε) in fp32, in half the passes over memory that a chain of operations takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        H = x.shape[-1]
+        product = (grad * x).reshape(-1, H)
+        grad_weight = scale.reshape(-1) @ product
+        share = (product @ weight).view(scale.shape).mul_(scale.pow(3)).div_(-H)
+        return (grad * weight).mul_(scale).addcmul_(x, share), grad_weight, None
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:
@@ -126,24 +147,58 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x_SBND, cos, sin, -1.0)
+        return _turn(x_SBND, cos, sin, _for_attention(x_SBND))
 
     @staticmethod
     def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad_SBND, cos, sin, 1.0), None, None
+        return _turn(grad_SBND, cos, -sin, torch.empty_like(grad_SBND)), None, None
 
 
-def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """`x` turned by the angle (sign = -1) or back (sign = +1), in memory order [B, N, S, D], which attention likes."""
+class _SplitAndRotate(torch.autograd.Function):
+    """Queries, keys and values out of the fused projection [S, B, G, (N / G + 2) · D], the first two rotated.
+
+    One function, so that the way back writes all gradients into one buffer instead of joining three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        S, B, G, width = mixed.shape
+        ctx.heads = heads = width // head_dim - 2
+        query, key, value = mixed.view(S, B, G, heads + 2, head_dim).split((heads, 1, 1), dim=3)
+        out = mixed.new_empty(B, G, heads, S, head_dim).permute(3, 0, 1, 2, 4)
+        _turn(query, cos.unsqueeze(3), sin.unsqueeze(3), out)
+        key, value = key.squeeze(3), value.squeeze(3)
+        return out.flatten(2, 3), _turn(key, cos, sin, _for_attention(key)), _for_attention(value).copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        sin = -sin
+        S, B, G, D = grad_key.shape
+        out = grad_key.new_empty(S, B, G, ctx.heads + 2, D)
+        query, key, value = out.split((ctx.heads, 1, 1), dim=3)
+        _turn(grad_query.unflatten(2, (G, ctx.heads)), cos.unsqueeze(3), sin.unsqueeze(3), query)
+        _turn(grad_key, cos, sin, key.squeeze(3))
+        value.squeeze(3).copy_(grad_value)
+        return out.view(S, B, G, -1), None, None, None
+
+
+def _for_attention(x_SBND: Tensor) -> Tensor:
+    """Space for a tensor like `x`, in memory order [B, N, S, D], which attention reads without a copy."""
     S, B, N, D = x_SBND.shape
+    return x_SBND.new_empty(B, N, S, D).permute(2, 0, 1, 3)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """`x` turned by its angles, into `out`; with -sin, turned back."""
     half = cos.shape[-1]
-    out = x_SBND.new_empty(B, N, S, D).permute(2, 0, 1, 3)
-    a, b = x_SBND[..., :half], x_SBND[..., half : 2 * half]
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=sign)
-    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin, value=-sign)
-    if 2 * half < D:
-        out[..., 2 * half :] = x_SBND[..., 2 * half :]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
     return out
 
 
@@ -183,12 +238,24 @@ class CoreAttention(torch.nn.Module):
 class Attention(SelfAttention):
     """Self-attention with Megatron-core's parameters and our forward pass: rotary tables instead of angles."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this rank has whole query groups and nothing stands between projection and rotation."""
+        return not self.config.qk_layernorm and self.config.num_query_groups >= self.world_size
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **unused: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Output [S, B, H] and the bias that the caller adds, as Megatron-core's layers want it."""
-        query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
-        query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        if self.is_plain:
+            mixed, _ = self.linear_qkv(hidden_states)
+            mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
+            query, key, value = _SplitAndRotate.apply(
+                mixed, rotary_pos_emb[0], rotary_pos_emb[1], self.config.kv_channels
+            )
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
+            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
         if self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(self.core_attention, False, query, key, value, attention_mask)
         else:
@@ -198,21 +265,22 @@ class Attention(SelfAttention):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up on [gate; up] halves; keeps only its input and computes the gradient in one buffer."""
+    """silu(gate) · up on [gate; up] halves, with the gradient computed in one buffer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        ctx.save_for_backward(x, activated)
+        return activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x, activated = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.mul(grad, activated, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return out
 
