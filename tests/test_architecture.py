@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "cpt"
 ORDER = (
     "base plan data laws schedules methods engine checkpoint evaluate launch stages report doctor config cli worker".split()
 )
-RANK = {name: i for i, name in enumerate(ORDER)} | {"worker": ORDER.index("cli")}
+RANK = {name: i for i, name in enumerate(ORDER)} | dict.fromkeys(("worker", "__main__"), len(ORDER))
 FILES = sorted(ROOT.rglob("*.py"))
 
 
