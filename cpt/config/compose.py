@@ -356,7 +356,7 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     try:
         done: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except Exception as error:
-        raise _interpolation_error(error) from error
+        raise _interpolation_error(error, config) from error
     assert isinstance(done, dict)
     return done
 
@@ -372,45 +372,22 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def _interpolation_error(error: Exception) -> UsageError:
+def _interpolation_error(error: Exception, config: dict[str, Any]) -> UsageError:
     key = getattr(error, "full_key", None)
     first = str(error).splitlines()[0].rstrip(".").replace("'", "`") if str(error) else type(error).__name__
     if isinstance(error, RecursionError):
         first = "values refer to each other in a circle"
     where = f"`{key}`: " if key else ""
-    return UsageError(f"{where}a `${{...}}` cannot be filled in: {first[:1].lower()}{first[1:]}")
+    missing = re.search(r"key `([^`]+)` not found", first)
+    near = nearest(missing[1], set(_keys(config)) - {key}) if missing else None
+    hints = [f"did you mean `{near}`?"] if near else []
+    return UsageError(f"{where}a `${{...}}` cannot be filled in: {first[:1].lower()}{first[1:]}", *hints)
 
 
-def _hydra_error(error: Exception, file: Path) -> UsageError:
-    """An exception of Hydra, OmegaConf or PyYAML in the project's words."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    mark = getattr(cause, "problem_mark", None) or getattr(cause, "context_mark", None)
-    if mark is not None:
-        problem = getattr(cause, "problem", None) or "it cannot be read"
-        name = Path(str(mark.name)).name if mark.name else file.name
-        return UsageError(
-            f"`{name}` is not valid YAML at line {mark.line + 1}: {problem.rstrip('.')}".replace("'", "`")
-        )
-    if isinstance(cause, UnicodeDecodeError):
-        return UsageError(f"`{file}` is not UTF-8 text")
-    if isinstance(cause, RecursionError):
-        return UsageError(f"`{file}` is nested too deeply, or refers to itself")
-    if isinstance(cause, OSError):
-        return UsageError(f"`{cause.filename or file}` cannot be read: {(cause.strerror or str(cause)).lower()}")
-    text = str(cause)
-    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
-    if missing:
-        return _missing_default(missing[1], file)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(cause).__name__)
-    first = first.rstrip(".").replace("'", "`")
-    return UsageError(f"`{file.name}` cannot be composed: {first[:1].lower()}{first[1:]}")
-
-
-def _missing_default(name: str, file: Path) -> UsageError:
-    group, _, option = name.rpartition("/")
-    known = group_options(group) if group else recipe_names()
-    near = nearest(option, known)
-    hint = f"did you mean `{near}`?" if near else "known: " + (", ".join(f"`{k}`" for k in known) or "none")
-    return UsageError(f"`{file.name}`: `defaults` names `{name}`, which does not exist", hint)
+def _keys(value: Any, above: str = "") -> Iterator[str]:
+    """The dotted names of all keys that hold a value."""
+    if not isinstance(value, dict):
+        yield above
+        return
+    for name, below in value.items():
+        yield from _keys(below, f"{above}.{name}" if above else str(name))

@@ -141,7 +141,12 @@ EVALUATE = Section(
         ),
         "sources": Key(kinds.optional(kinds.names()), "what is measured", None, "every source with held-out text"),
         "tokens": Key(kinds.count(), "validation tokens per source, at most", 131_072),
-        "at_start": Key(kinds.flag, "measure before the first step", True),
+        "at_start": Key(
+            kinds.auto(kinds.flag),
+            "measure before the first step",
+            kinds.AUTO,
+            "yes, unless the end of another stage of the run was measured just before",
+        ),
     },
 )
 

@@ -85,7 +85,7 @@ def build_train(values: Mapping[str, Any], around: Surroundings) -> Train:
             sources=evaluate["sources"] if evaluate["sources"] is not None else around.measured,
             every_steps=_steps(evaluate["every"], per_step),
             tokens=evaluate["tokens"],
-            at_start=evaluate["at_start"],
+            at_start=_at_start(evaluate["at_start"], around),
         ),
         stop_if=StopIf(**full["stop_if"]) if full.get("stop_if") else None,
         anomalies=Anomalies(**full["anomalies"]),
@@ -97,6 +97,14 @@ def build_train(values: Mapping[str, Any], around: Surroundings) -> Train:
         broken_import_guard=full["broken_import_guard"],
         log_every=full["log_every"],
     )
+
+
+def _at_start(given: bool | str, around: Surroundings) -> bool:
+    """Whether a stage is measured before its first step; `auto` leaves out what its parent has just measured."""
+    if isinstance(given, bool):
+        return given
+    parent = around.built.get(around.parent.stage or "")
+    return parent is None or parent.train is None or around.parent.at is not None
 
 
 def _together(errors: list[CptError]) -> CptError:

@@ -194,9 +194,12 @@ def _rows(plan: RunPlan, chain: Sequence[str], measured: Mapping[str, list[Measu
         leaves_at = _left_at(plan, chain, i)
         found = [m for m in measured.get(name, []) if leaves_at is None or m.step <= leaves_at]
         later = [m for m in found if m.when != "start"]
+        wanted = leaves_at is not None and bool(later) and later[-1].step == leaves_at
+        if leaves_at is not None and not wanted:
+            forked = [m for m in measured.get(chain[i + 1], []) if m.when == "start"]
+            later, wanted = forked or later, bool(forked)
         if not later:
             break
-        wanted = leaves_at is not None and later[-1].step == leaves_at
         rows.append(Row(stage=name, losses=later[-1].losses, provisional=later[-1].when != "end" and not wanted))
     return rows
 
