@@ -391,3 +391,38 @@ def _keys(value: Any, above: str = "") -> Iterator[str]:
         return
     for name, below in value.items():
         yield from _keys(below, f"{above}.{name}" if above else str(name))
+
+
+def _hydra_error(error: Exception, file: Path) -> UsageError:
+    """An exception of Hydra, OmegaConf or PyYAML in the project's words."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    mark = getattr(cause, "problem_mark", None) or getattr(cause, "context_mark", None)
+    if mark is not None:
+        problem = getattr(cause, "problem", None) or "it cannot be read"
+        name = Path(str(mark.name)).name if mark.name else file.name
+        return UsageError(
+            f"`{name}` is not valid YAML at line {mark.line + 1}: {problem.rstrip('.')}".replace("'", "`")
+        )
+    if isinstance(cause, UnicodeDecodeError):
+        return UsageError(f"`{file}` is not UTF-8 text")
+    if isinstance(cause, RecursionError):
+        return UsageError(f"`{file}` is nested too deeply, or refers to itself")
+    if isinstance(cause, OSError):
+        return UsageError(f"`{cause.filename or file}` cannot be read: {(cause.strerror or str(cause)).lower()}")
+    text = str(cause)
+    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    if missing:
+        return _missing_default(missing[1], file)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(cause).__name__)
+    first = first.rstrip(".").replace("'", "`")
+    return UsageError(f"`{file.name}` cannot be composed: {first[:1].lower()}{first[1:]}")
+
+
+def _missing_default(name: str, file: Path) -> UsageError:
+    group, _, option = name.rpartition("/")
+    known = group_options(group) if group else recipe_names()
+    near = nearest(option, known)
+    hint = f"did you mean `{near}`?" if near else "known: " + (", ".join(f"`{k}`" for k in known) or "none")
+    return UsageError(f"`{file.name}`: `defaults` names `{name}`, which does not exist", hint)
