@@ -20,9 +20,6 @@ from cpt.data import readers
 from cpt.data.corpus import FORMAT, Corpus
 from cpt.plan.types import DataOptions, Source, SourceFacts, Tokenizer
 
-_SAMPLE_BYTES = 1 << 17  # text that an estimate looks at
-_BYTES_PER_TOKEN = 4.0  # of an estimate without a tokenizer
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -130,42 +127,14 @@ def entries(cache: str | Path) -> Iterator[Entry]:
 
 
 def estimate(source: Source, tokenizer: Tokenizer | None = None) -> SourceFacts:
-    """Size of a source from its files' sizes and the beginning of the first ones. Marked as an estimate.
+    """Size of a source from its files' sizes and the beginning of the first and last one. Marked as an estimate.
 
     Raises:
         UsageError: a file that cannot be read, or whose first documents are broken.
     """
-    reader = readers.reader(source)
-    if reader.wants_paths and readers.is_megatron(source.paths):
-        return _megatron_facts(source)
-    if not reader.wants_paths:
-        size, documents = reader.size(source)
-        per_token = _bytes_per_token([], tokenizer)
-    else:
-        size, documents, sample = _sample(source)
-        per_token = _bytes_per_token(sample, tokenizer)
-    held_out = 0.0 if source.valid_paths else source.valid
-    tokens = int(size / per_token) + documents
-    return SourceFacts(
-        tokens=int(tokens * (1 - held_out)),
-        documents=max(1, int(documents * (1 - held_out))),
-        bytes=int(size * (1 - held_out)),
-        valid_tokens=int(tokens * held_out),
-    )
+    from cpt.data import estimate as estimates
 
-
-def _megatron_facts(source: Source) -> SourceFacts:
-    """Size of existing Megatron data: known but for the held-out share."""
-    from cpt.data.shards import Shard
-
-    shard = Shard(readers.pair(source.paths[0])[0].removesuffix(".bin"))
-    kept = 1 - (0.0 if source.valid_paths else source.valid)
-    return SourceFacts(
-        tokens=int(shard.tokens * kept),
-        documents=int(len(shard) * kept),
-        bytes=int(shard.tokens * kept * _BYTES_PER_TOKEN),
-        valid_tokens=int(shard.tokens * (1 - kept)),
-    )
+    return estimates.estimate(source, tokenizer)
 
 
 def _options(source: Source) -> dict[str, Any]:
@@ -176,50 +145,3 @@ def _options(source: Source) -> dict[str, Any]:
 def _making(source: Source, tokenizer_hash: str, data: DataOptions) -> list[Any]:
     """What changes the corpus besides the raw files."""
     return [_options(source), tokenizer_hash, {"bos": data.bos, "eos": data.eos}]
-
-
-def _sample(source: Source) -> tuple[int, int, list[str]]:
-    """Bytes of text and documents of all files, and some texts, judged by the start of the first and the last file."""
-    from itertools import islice
-
-    from cpt.data.pieces import records
-
-    total = sum(readers.stat_file(path)[1] for path in source.paths)
-    texts: list[str] = []
-    read = share = 0.0
-    for path in {source.paths[0]: 0, source.paths[-1]: 0} if source.paths else {}:
-        count, length = 0, 0
-        for _, text in islice(records(path, source.text), 2000):
-            texts.append(text)
-            count, length = count + 1, length + len(text.encode("utf-8", "replace"))
-            if length > _SAMPLE_BYTES:
-                break
-        read += length
-        share += _read_share(path, length)
-    size = total * read / share if share else 0
-    documents = size * len(texts) / read if read else 0
-    return int(size), max(1, int(documents)), texts
-
-
-def _read_share(path: str, length: int) -> float:
-    """About how many bytes of a file held `length` bytes of text."""
-    from cpt.data.pieces import file_kind
-
-    kind, packed = file_kind(path)
-    size = float(Path(path).stat().st_size)
-    packing = 3.5 if packed or kind == "parquet" else 1 / 1.05
-    return min(size, length / packing)
-
-
-def _bytes_per_token(texts: list[str], tokenizer: Tokenizer | None) -> float:
-    if tokenizer is None or tokenizer.path is None:
-        size = tokenizer.vocab_size if tokenizer else None
-        return _BYTES_PER_TOKEN if size is None or size > 16_384 else 3.2 if size > 2048 else 2.0
-    if not texts:
-        from cpt.data.tokenizer import vocab_size
-
-        return _bytes_per_token([], Tokenizer(vocab_size=vocab_size(tokenizer.path)))
-    from cpt.data.tokenizer import load
-
-    sample = "\n".join(texts)[: 1 << 15]
-    return len(sample.encode("utf-8", "replace")) / max(1, len(load(tokenizer.path).encode(sample).ids))

@@ -7,8 +7,7 @@ corpus's content and the epoch, not the stage: a later stage goes on where the e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,14 +18,17 @@ from cpt.data.permute import Permutation
 _LEAST_WINDOW, _MOST_WINDOW = 64, 8192  # documents looked up at a time
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of one document: tokens `start` to `stop` of document number `document` in epoch `epoch`."""
+class Segments(NamedTuple):
+    """Pieces of documents, one after the other: tokens `start` to `stop` of document number `document` in `epoch`.
 
-    epoch: int
-    document: int
-    start: int
-    stop: int
+    Shapes:
+        all [pieces] int64
+    """
+
+    epochs: np.ndarray[Any, Any]
+    documents: np.ndarray[Any, Any]
+    starts: np.ndarray[Any, Any]
+    stops: np.ndarray[Any, Any]
 
 
 class Cursor:
@@ -72,23 +74,22 @@ class Cursor:
             "content": self.corpus.content_hash,
         }
 
-    def segments(self, skip: int, count: int) -> list[Segment]:
+    def segments(self, skip: int, count: int) -> Segments:
         """The pieces of documents that hold `count` tokens, beginning `skip` tokens ahead. Moves nothing."""
         first = self.offset + skip
-        self._reach(first + count)
+        last = first + count
+        self._reach(last)
         i = int(np.searchsorted(self._ends, first, side="right"))
-        found = []
-        position, stop = first, first + count
-        begin = int(self._ends[i - 1]) if i else 0
-        while position < stop:
-            end = int(self._ends[i])
-            if end > position:
-                part = Segment(int(self._epochs[i]), int(self._documents[i]), position - begin, min(end, stop) - begin)
-                found.append(part)
-                position = min(end, stop)
-            begin = end
-            i += 1
-        return found
+        j = int(np.searchsorted(self._ends, last, side="left")) + 1
+        ends = self._ends[i:j]
+        begins = np.empty_like(ends)
+        begins[0] = self._ends[i - 1] if i else 0
+        begins[1:] = ends[:-1]
+        found = Segments(
+            self._epochs[i:j], self._documents[i:j], np.maximum(begins, first) - begins, np.minimum(ends, last) - begins
+        )
+        full = found.stops > found.starts
+        return found if full.all() else Segments(*(part[full] for part in found))
 
     def advance(self, count: int) -> None:
         """Move on by `count` tokens."""

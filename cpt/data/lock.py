@@ -67,7 +67,7 @@ def writing(cache: str | Path) -> Iterator[None]:
             raise EnvironmentProblem(
                 f"no space left in the cache `{cache}`", "free some, or set `CPT_CACHE` to a folder on another disk"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise EnvironmentProblem(
                 f"cannot write to the cache `{cache}`: {(error.strerror or '').lower()}",
                 "set `CPT_CACHE` to a folder of yours",

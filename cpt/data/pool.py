@@ -82,7 +82,7 @@ class _Pool:
                 given += 1
             if not more and given == sent:
                 return
-            if given not in done:
+            if any(process.number is not None for process in self._processes):
                 self._receive(done)
 
     def _idle(self) -> _Process | None:

@@ -171,8 +171,9 @@ class _Builder:
                 encoder, note = encode.REFERENCE, str(error)
                 self.say(Preparing(self.source.name, 0, self.total, 0, 0, f"{note}; all is encoded by the reference"))
                 continue
-            if limit and not result["valid"]["documents"] and result["documents"] > 1:
-                limit = self.least + 1  # a small source: the document with the smallest hash is held out
+            settled = split.settled(limit, self.least, result["documents"], result["valid"]["documents"])
+            if settled != limit:  # a small source: one document is held out, or none
+                limit = settled
                 continue
             break
         result["encoder"] |= {"version": version(encoder), "note": note}

@@ -57,7 +57,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self.documents = 0
         self.tokens = 0
-        self._hash = hashlib.sha256()
+        self._hashes = hashlib.sha256(), hashlib.sha256()  # of ids and of lengths
         self._bin = open(self._path(".bin"), "wb")  # noqa: SIM115
         self._lengths_path = self._path(".lengths")
         self._lengths = open(self._lengths_path, "w+b")  # noqa: SIM115
@@ -75,14 +75,14 @@ class ShardWriter:
         data = np.ascontiguousarray(tokens, self.dtype)
         sizes = np.ascontiguousarray(lengths, np.int32)
         assert int(sizes.sum(dtype=np.int64)) == len(data), "lengths do not sum to the tokens"
-        for file, part in ((self._bin, data), (self._lengths, sizes)):
+        for file, part, hasher in zip((self._bin, self._lengths), (data, sizes), self._hashes, strict=True):
             file.write(part.data)
-            self._hash.update(part.data)
+            hasher.update(part.data)
         self.documents += len(sizes)
         self.tokens += len(data)
 
     def finish(self) -> str:
-        """Write the index, make both files durable, and give the SHA-256 of ids and lengths."""
+        """Write the index, make both files durable, and give a hash over ids and lengths."""
         with self._bin, self._lengths, open(self._path(".idx"), "wb") as index:
             index.write(_head(self.dtype, self.documents))
             start = 0
@@ -97,7 +97,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
         self._lengths_path.unlink()
-        return self._hash.hexdigest()
+        return hashlib.sha256(b"".join(h.digest() for h in self._hashes)).hexdigest()
 
     def _chunks(self) -> Any:
         self._lengths.flush()
@@ -151,7 +151,7 @@ class Shard:
 
     @cached_property
     def _index(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.dtype[Any]]:
-        """Start [tokens] and length [tokens] of each document, and the type of the ids."""
+        """Start [bytes] and length [tokens] of each document, and the type of the ids."""
         path = self._path(".idx")
         try:
             raw = np.memmap(path, mode="r")
@@ -200,23 +200,46 @@ class Shard:
 
     @cached_property
     def _ids(self) -> np.ndarray[Any, Any]:
+        """All ids of the file."""
         path = self._path(".bin")
         try:
             empty = path.stat().st_size == 0
             raw = np.empty(0, np.uint8) if empty else np.memmap(path, mode="r")
         except OSError as error:
             raise UsageError(f"cannot read `{path}`: {error.strerror}") from None
-        if len(self) and len(raw) < int((self.starts + self.lengths.astype(np.int64) * self.dtype.itemsize).max()):
-            raise UsageError(f"`{path}` is shorter than its index says")
-        return raw
+        size = self.dtype.itemsize
+        if len(self):
+            last = len(self) - 1 - int(self.starts[::-1].argmax())
+            if len(raw) < int(self.starts[last]) + int(self.lengths[last]) * size:
+                raise UsageError(f"`{path}` is shorter than its index says")
+        return np.frombuffer(raw, self.dtype, len(raw) // size)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Tokens `start` to `stop` of a document, as a read-only view."""
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, f"tokens {start} to {stop} of a document of {length}"
-        begin = int(self.starts[document]) + start * self.dtype.itemsize
-        return np.frombuffer(self._ids, self.dtype, stop - start, begin) if stop > start else np.empty(0, self.dtype)
+        begin = int(self.starts[document]) // self.dtype.itemsize
+        return self._ids[begin + start : begin + stop]
+
+    def fill(
+        self,
+        out: np.ndarray[Any, Any],
+        documents: np.ndarray[Any, Any],
+        starts: np.ndarray[Any, Any],
+        stops: np.ndarray[Any, Any],
+    ) -> None:
+        """Copy tokens `starts` to `stops` of documents into `out`, one after the other.
+
+        Shapes:
+            out [sum of stops - starts]; documents, starts, stops [pieces] int64
+        """
+        ids = self._ids
+        first = self.starts[documents] // self.dtype.itemsize
+        place = 0
+        for begin, end in zip((first + starts).tolist(), (first + stops).tolist(), strict=True):
+            out[place : place + end - begin] = ids[begin:end]
+            place += end - begin
 
 
 def _join(

@@ -20,6 +20,20 @@ def limit(share: float) -> int:
     return round(share * SPACE)
 
 
+def settled(limit: int, least: int, train: int, held_out: int) -> int:
+    """The limit that leaves a small source something on both sides; `limit` itself where it does so already.
+
+    Args:
+        limit: the wanted one; 0 holds nothing out.
+        least: smallest document hash of the source.
+        train: documents that `limit` leaves to train on.
+        held_out: documents that it holds out.
+    """
+    if not limit or (train and held_out):
+        return limit
+    return least + 1 if train + held_out > 1 and limit != least + 1 else 0
+
+
 def utf8(text: str) -> tuple[str, bytes]:
     """A text and its UTF-8 bytes. Half surrogate pairs, which JSON escapes can spell, become U+FFFD."""
     try:

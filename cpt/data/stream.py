@@ -19,12 +19,12 @@ import numpy as np
 
 from cpt.base.errors import PlanError
 from cpt.data.corpus import Corpus
-from cpt.data.cursor import Cursor, Segment
+from cpt.data.cursor import Cursor, Segments
 from cpt.data.mix import Assignment
 from cpt.plan.types import DataOptions, Train
 
 Name = tuple[str, str]  # (source, role); role: new | replay
-Recorder = Callable[[int, Name, Sequence[Segment]], None]
+Recorder = Callable[[int, Name, Segments], None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Stream:
         first = self._assignment.samples
         chosen = self._assignment.take(self.global_batch_size)
         before = [0] * len(self.names)  # samples of each source in this batch before the row
-        parts: list[list[Segment]] = []
+        parts: list[Segments] = []
         for row, source in enumerate(chosen):
             if row // rows == dp_rank:
                 skip = before[source] * self.seq_length
@@ -172,22 +172,18 @@ class Stream:
             if count:
                 cursor.advance(count * self.seq_length)
 
-    def _read(self, sources: Sequence[int], parts: Sequence[Sequence[Segment]]) -> Batch:
+    def _read(self, sources: Sequence[int], parts: Sequence[Segments]) -> Batch:
         size = self.seq_length
         tokens = np.empty((len(parts), size + 1), np.int64)
         bounds = self.data.reset_positions or self.data.mask_documents
         segment_ids = np.zeros((len(parts), size + 1), np.int64) if bounds else None
         positions = np.zeros((len(parts), size + 1), np.int64) if bounds else None
         for row, (source, segments) in enumerate(zip(sources, parts, strict=True)):
-            shard = self._cursors[source].corpus.train
-            place = 0
-            for number, part in enumerate(segments):
-                end = place + part.stop - part.start
-                tokens[row, place:end] = shard.read(part.document, part.start, part.stop)
-                if segment_ids is not None and positions is not None:
-                    segment_ids[row, place:end] = number
-                    positions[row, place:end] = np.arange(end - place)
-                place = end
+            self._cursors[source].corpus.train.fill(tokens[row], *segments[1:])
+            if segment_ids is not None and positions is not None:
+                sizes = segments.stops - segments.starts
+                segment_ids[row] = np.repeat(np.arange(len(sizes)), sizes)
+                positions[row] = np.arange(size + 1) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         mask = None
         if self.data.mask_documents and segment_ids is not None:
             mask = (segment_ids[:, 1:] == segment_ids[:, :-1]).astype(np.float32)

@@ -242,15 +242,16 @@ def held_out_limit(source: Source, cache: Path) -> int:
     if source.valid_paths or not source.valid:
         return 0
     limit = split.limit(source.valid)
-    least, count = split.SPACE, 0
+    least, train, held_out = split.SPACE, 0, 0
     for batch in _batches(source, cache):
-        for text in batch:
-            if text:
-                least = min(least, split.document_hash(split.utf8(text)[1]))
-                count += 1
-                if least < limit:
-                    return limit
-    return least + 1 if count > 1 else 0
+        for text in filter(None, batch):
+            number = split.document_hash(split.utf8(text)[1])
+            least = min(least, number)
+            held_out += number < limit
+            train += number >= limit
+            if train and held_out:
+                return limit
+    return split.settled(limit, least, train, held_out)
 
 
 def _batches(source: Source, cache: Path) -> Iterable[list[str]]:
