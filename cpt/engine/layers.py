@@ -34,6 +34,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from cpt.engine import compat
 from cpt.plan.types import ModelConfig
 
 Tensor = torch.Tensor
@@ -336,9 +337,9 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=GatedMLP if model.activation == "swiglu" else MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            mlp=compat.mlp_spec(
+                GatedMLP if model.activation == "swiglu" else MLP,
+                MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine's spelling, which every Megatron checkpoint of the `torch_dist` kind has.
