@@ -42,7 +42,8 @@ def command(
     if dry_run:
         from cpt.cli import plan
 
-        return plan.command(overrides=overrides, json=json) or 0
+        plan.command(overrides=overrides, json=json)
+        return 0
     texts = list(overrides or [])
     first = build.plan(None, texts)
     if not json and not talk.quiet:
@@ -131,7 +132,7 @@ def _status(event: Event) -> str:
     status, reason = event.get("status"), event.get("reason")
     if status == "running":
         return f"runs: {reason}"
-    return str(status) if not reason or reason == status else f"{status}: {reason}"
+    return f"{status}: {reason}" if reason and not str(reason).startswith(str(status)) else str(reason or status)
 
 
 def _show_plan(plan: RunPlan) -> None:
@@ -204,15 +205,11 @@ def _table(run_dir: Path) -> str | None:
 
 
 def _next(result: Result) -> str:
-    """A command worth trying next."""
+    """A command worth trying next: let the last model speak."""
     import shlex
 
-    for name, stage in reversed(list(result.plan.stages.items())):
-        if stage.kind == "train":
-            folder = os.path.relpath(result.run_dir / "stages" / name)
-            return (
-                f'cpt sample {shlex.quote(folder)} "The patient"'
-                if result.plan.recipe == "demo"
-                else f"cpt lineage {shlex.quote(folder)}"
-            )
-    return f"cpt status {shlex.quote(result.plan.name)}"
+    trained = [name for name, stage in result.plan.stages.items() if stage.kind == "train"]
+    if not trained:
+        return f"cpt status {shlex.quote(os.path.relpath(result.run_dir))}"
+    folder = os.path.relpath(result.run_dir / "stages" / trained[-1])
+    return f'cpt sample {shlex.quote(folder)} "The"'

@@ -103,7 +103,13 @@ def _run_of(stage_dir: Path) -> str:
 def changes(old: RunPlan, new: RunPlan, stage: str | None = None) -> list[str]:
     """How two plans differ in what changes a result, value by value: of the whole run, or of what one stage reads."""
     found = []
+    for name in dict.fromkeys([*old.stages, *new.stages]):
+        if stage is None and (name in old.stages) != (name in new.stages):
+            found.append(f"stage `{name}` is {'new' if name in new.stages else 'no longer there'}")
     for one in diff(old, new):
+        parts = one.key.split(".")
+        if parts[0] == "stages" and not (parts[1] in old.stages and parts[1] in new.stages):
+            continue  # said above in one line
         if one.changes_result and (stage is None or _concerns(one.key, stage, new)):
             key = one.key.removeprefix(f"stages.{stage}.").removeprefix("train.") if stage else one.key
             found.append(f"`{key}` {_show(one.a)} → {_show(one.b)}")

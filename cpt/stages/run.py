@@ -8,7 +8,9 @@ A second call does only what is not done, and says why.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import sys
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpt.base.errors import DONE, GUARD, SAVED, CptError, GuardStop, StoppedAndSaved, UsageError
+from cpt.base.errors import DONE, GUARD, SAVED, CptError, EnvironmentProblem, GuardStop, StoppedAndSaved, UsageError
 from cpt.base.events import Event
 from cpt.base.files import read_json, write_json
 from cpt.launch import LAUNCHERS, Launch, Launcher
@@ -108,11 +110,22 @@ def run(
                 _Stages(result, settings, diary, stop, held, environment, changes).all()
             except CptError as error:
                 result.error = error
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                result.error = _disk_full(run_dir, settings)
             diary.write("run_end", exit_code=result.exit_code, reason=result.error.message if result.error else "done")
             return result
         finally:
             (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
             held.release()
+
+
+def _disk_full(run_dir: Path, settings: Settings) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"no space left on the disk of `{run_dir}`",
+        f"checkpoints saved before are whole; free some space, then `{shlex.join(settings.command)}` goes on",
+    )
 
 
 def _prepare(build: Callable[[], RunPlan], diary: _Diary) -> tuple[RunPlan, Prepared]:
@@ -206,7 +219,9 @@ class _Diary:
     def write(self, kind: str, **fields: Any) -> None:
         event: Event = {"t": round(self._clock(), 3), "kind": kind, **fields}
         if self._run_dir is not None:
-            record.write_event(self._run_dir, event)
+            # A full disk is told where it stops the work, not by the diary.
+            with contextlib.suppress(OSError):
+                record.write_event(self._run_dir, event)
         elif kind != "data" or fields.get("done"):  # progress of a preparation is for the display alone
             self._early.append(event)
         self.tell(event)
@@ -222,7 +237,7 @@ class _Diary:
             self._tell = lambda event: None
             if self._run_dir is not None:
                 text = f"the display failed and is off: {type(error).__name__}: {error}"
-                record.write_event(self._run_dir, {"t": round(self._clock(), 3), "kind": "warning", "text": text})
+                self.write("warning", text=text)
 
 
 class _Stages:
