@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "cpt"
-ORDER = (
-    "base plan data laws schedules methods engine checkpoint evaluate launch stages report doctor config cli worker".split()
-)
+ORDER = ["base", "plan", "data", "laws", "schedules", "methods", "engine", "checkpoint", "evaluate", "launch", "stages"]
+ORDER += ["report", "doctor", "config", "cli"]
 RANK = {name: i for i, name in enumerate(ORDER)} | dict.fromkeys(("worker", "__main__"), len(ORDER))
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -34,7 +34,7 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write one JSON value atomically, readable for people. NaN is refused by `json` readers, so it is written as null."""
+    """Write one JSON value atomically, readable for people. NaN is no JSON, so it is written as null."""
     write_atomic(path, json.dumps(without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -64,7 +64,7 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def append_line(path: str | os.PathLike[str], value: Any) -> None:
-    """Append one JSON line in a single write, so that concurrent readers see whole lines (but for a kill in between)."""
+    """Append one JSON line in a single write, so that readers see whole lines (but for a kill in between)."""
     line = json.dumps(without_nan(value), ensure_ascii=False, separators=(",", ":")) + "\n"
     with open(path, "ab") as file:
         file.write(line.encode())

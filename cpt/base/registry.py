@@ -1,4 +1,4 @@
-"""A name-to-class table that suggests near names. New schedule, method, reader, format = one class, one registration."""
+"""A name-to-class table that suggests near names. New schedule, method or format = one class, one registration."""
 
 from __future__ import annotations
 

@@ -104,13 +104,12 @@ def show_count(count: float) -> str:
     """A count for people with three significant figures: 10.0B, 500M, 1.20B; exact below ten thousand (9,536)."""
     if abs(count) < 10_000:
         return f"{count:,.0f}"
-    value, suffix = float(count), ""
-    for suffix in ("K", "M", "B", "T"):
-        value /= 1000
-        if abs(float(f"{value:.3g}")) < 1000:
-            break
+    power = 1
+    while power < 4 and abs(float(f"{count / 1000**power:.3g}")) >= 1000:
+        power += 1
+    value = count / 1000**power
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:.{digits}f}{suffix}"
+    return f"{value:.{digits}f}{' KMBT'[power]}"
 
 
 def show_bytes(size: float) -> str:

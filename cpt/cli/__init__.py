@@ -6,9 +6,9 @@ A command is a file `cpt/cli/<name>.py` plus its line in `COMMANDS` below. The f
     commands = {"list": list_corpora, "show": show_corpus, "": list_corpora}           a group; "" = no subcommand given
 
 with flags as Typer annotations (shared ones in `cpt.cli.flags`). The docstring is the help. A command returns an exit
-code or nothing, and raises `CptError` for everything a person should read. `--debug`, `--quiet`, `--verbose` and `-h` are
-added to every command here. A command file is imported only when its command is called, so it must import nothing heavy
-at the top only for `--help` to stay quick in itself; `cpt --help` imports none of them.
+code or nothing, and raises `CptError` for everything a person should read. `--debug`, `--quiet`, `--verbose` and `-h`
+are added to every command here. A command's file is imported only when the command is called, and imports nothing heavy
+at its top, so that its own `--help` is quick too.
 """
 
 from __future__ import annotations

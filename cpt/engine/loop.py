@@ -5,7 +5,7 @@ At the top of each turn, in this order:
     1. evaluation due at this step and not done yet   → measure; a guard may end the run
     2. all steps done                                 → save as the stage's end
     3. a stop was asked for on any rank               → save and leave
-    4. one step (methods.md 0.3): draw · forward, backward · reduce · `grad` hooks · clip · optimizer · `update` hooks
+    4. one step draw · forward, backward · reduce · `grad` hooks · clip · optimizer · `update` hooks
     5. a checkpoint due                               → save
 
 A checkpoint says which evaluation was the last complete one, so a kill in an evaluation repeats it.

@@ -1,8 +1,8 @@
 """Ways to continue pretraining, as hooks in the training step. New method = one file here + one registration.
 
 A method is a frozen dataclass of its own options with the hooks it needs; `state` and `load_state` hold what a
-checkpoint must keep. Order inside one step (methods.md 0.3): forward and backward · `grad` · clipping · optimizer step ·
-`update`. torch is imported inside the hooks, so that listing the methods is free.
+checkpoint must keep. Order inside one step: `weights` · forward with `loss`, backward · `grad` · clipping · optimizer
+step · `update`. torch is imported inside the hooks, so that listing the methods is free.
 """
 
 from __future__ import annotations

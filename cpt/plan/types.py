@@ -1,4 +1,4 @@
-"""What a run is, as pure data: `RunPlan` and its parts. Frozen, no behaviour, JSON round trip by `to_json`, `from_json`.
+"""What a run is, as pure data: `RunPlan` and its parts. Frozen, no behaviour, JSON by `to_json` and `from_json`.
 
 A plan is made once, where the person typed (`config/build.py`); the ranks read it from `plan.json`.
 """
@@ -261,8 +261,7 @@ class StagePlan:
     train: Train | None = None  # of a train stage
     options: Mapping[str, Any] = field(default_factory=dict)  # of another kind, e.g. {"to": "hf"}
     fingerprint: str = ""
-    # The step at which this train stage must leave a checkpoint that is never removed because a later stage forks there.
-    keep_steps: tuple[int, ...] = ()
+    keep_steps: tuple[int, ...] = ()  # a later stage forks here: these checkpoints are never removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +317,7 @@ T = typing.TypeVar("T")
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """The inverse of `to_json`: `from_json(type(x), to_json(x)) == x`. Unknown fields are an error, missing ones default."""
+    """The inverse of `to_json`: `from_json(type(x), to_json(x)) == x`. Unknown fields are an error."""
     return typing.cast(T, _read(kind, value))
 
 
