@@ -52,6 +52,10 @@ def _other(error: Exception, debug: bool) -> int:
         _debug(debug)
         write_error(_flag_error(error))
         return USAGE
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a path of the person's
+        _debug(debug)
+        write_error(UsageError(f"{(error.strerror or 'no such path').lower()}: `{error.filename}`"))
+        return USAGE
     if isinstance(error, OSError) and error.errno in _MACHINE:
         _debug(debug)
         where = f" `{error.filename}`" if error.filename else ""
@@ -102,8 +106,8 @@ def _flag_error(error: Exception) -> UsageError:
 
         name = message.split("'")[1] if "'" in message else message
         known = getattr(getattr(context, "command", None), "commands", {})
-        wrong = unknown(f"command of `{path}`", name, [k for k in known if k])
-        message, hints = wrong.message, list(wrong.hints)
+        wrong = unknown("command", name, [k for k in known if k])
+        message, hints = f"`{path}` has no command `{name}`", list(wrong.hints)
     elif message:
         message = message[0].lower() + message[1:].replace("'", "`")
     return UsageError(message, *hints, f"`{path} --help` explains the command")
@@ -156,6 +160,7 @@ def write_error(error: CptError, stream: TextIO | None = None) -> None:
         stream.write(text.encode("ascii", "backslashreplace").decode())
 
 
-def printable(text: str) -> str:
-    """`text` on one line without control characters, so that hostile input cannot move the cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, limit: int = 2000) -> str:
+    """`text` on one line without control characters, so that hostile input cannot move the cursor, and not too long."""
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

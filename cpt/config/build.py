@@ -127,7 +127,6 @@ def from_composed(
     stages, outside = _stages(work, order, sources, checkpoint)
     work.stop_if_wrong()
     stages = _with_lr(work, stages, outside, checkpoint)
-    work.stop_if_wrong()
     return _finish(work, checkpoint, model, tokenizer, options, sources, stages, launcher, outside)
 
 
@@ -266,6 +265,7 @@ def _stages(
                     built=built,
                     sources=tuple(sources),
                     measured=measured,
+                    before=tuple(order)[: list(order).index(name)],
                     num_devices=devices,
                 )
                 _long_enough(name, merged)
@@ -416,8 +416,10 @@ def _finish(
             model=checkpoint.model,
             tokenizer_hash=checkpoint.tokenizer_hash,
         )
-    check.check(draft, facts, made.num_devices() if made is not None else None)
-    check_memory(draft, machine.devices())
+    work.errors += check.broken(draft, facts, made.num_devices() if made is not None else None)
+    with work.catching():
+        check_memory(draft, machine.devices())
+    work.stop_if_wrong()
     identities = {name: c.identity for name, c in outside.items()}
     done = fingerprint.with_fingerprints(draft, identities, _curves(stages))
     given = work.values.get("name")

@@ -18,6 +18,7 @@ from cpt.config.suggest import quote_hint
 
 NAME = re.compile(r"\w[\w-]{0,63}")
 AUTO = "auto"
+MOST = 10**18  # of any count: above it numbers no longer fit into a float exactly enough
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def integer(low: int = 0, high: int | None = None, unit: str = "") -> Kind:
             found = units.parse_count(value)
         except UsageError:
             raise _wanted(value, what) from None
-        if found < low or (high is not None and found > high):
+        if found < low or found > (MOST if high is None else high):
             raise _wanted(value, what)
         return found
 
@@ -142,8 +143,8 @@ def count(unit: str = "tokens") -> Kind:
 
     def read(value: Any) -> int:
         found = units.parse_count(value)
-        if found == 0:
-            raise UsageError(f"`{value}` is 0, wanted at least 1")
+        if not 1 <= found <= MOST:
+            raise UsageError(f"`{value}` is {'0' if found == 0 else 'too much'}, wanted from 1 to {MOST:.0e}")
         return found
 
     return Kind(f"count [{unit}]", read)

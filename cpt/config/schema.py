@@ -341,6 +341,7 @@ ROOT = Section(
         "launcher": Part("how the ranks are started", "name", _launchers, default="local"),
         "cache": Key(kinds.text, "folder of prepared corpora and tokenizers", None, "CPT_CACHE or ./.cpt/cache"),
         "runs": Key(kinds.text, "folder that holds the run folders", "runs"),
+        "ask_above": Key(kinds.optional(kinds.duration), "ask in a terminal before a longer run", None, "never"),
         "stages": Named("the stages, by name; they follow each other through `from`", "stage",
                         Section("a stage", {**STAGE_KEYS, **TRAIN_KEYS})),
     },

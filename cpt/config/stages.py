@@ -38,7 +38,8 @@ class Surroundings:
     name: str
     parent: From
     from_scratch: bool
-    built: Mapping[str, StagePlan]  # the stages before it
+    before: tuple[str, ...]  # names of the stages before it
+    built: Mapping[str, StagePlan]  # those of them that nothing is wrong with
     sources: tuple[str, ...]  # of the run
     measured: tuple[str, ...]  # those of which something is held out
     num_devices: int | None  # of the launcher
@@ -164,6 +165,8 @@ def _replay(given: Mapping[str, Any] | None, around: Surroundings, errors: list[
     of = full["from"]
     if of == "parent":
         of = around.parent.stage or "base"
+    if of in around.before and of not in around.built:
+        return None  # what is wrong with that stage has been said
     if of != "base" and of not in around.built:
         errors.append(_no_replay_stage(where, of, around))
         return None

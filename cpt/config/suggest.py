@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 from cpt.base.errors import UsageError
@@ -31,7 +32,8 @@ def unknown_key(
     hints = []
     near = nearest(key, siblings)
     exact = _elsewhere(path, everywhere, exact=True)
-    if exact:
+    alike = near is not None and difflib.SequenceMatcher(None, key, near).ratio() >= 0.8
+    if exact and not alike:
         hints.append(_where(exact))
     elif near:
         hints.append(f"did you mean `{dotted([*parent, near])}`?")

@@ -1,0 +1,241 @@
+"""From a recipe to a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpt.base.errors import CptError
+from cpt.config import build
+from cpt.plan.types import RunPlan, from_json, to_json
+from tests.command import RECIPE, write_base, write_corpus, write_project
+
+SHIPPED = {
+    "demo": [],
+    "medical": ["medical", "general"],
+    "code": ["code", "text_about_code", "general"],
+    "language": ["target", "first"],
+    "infinite": ["first", "second", "third"],
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CPT_CACHE", raising=False)
+    return write_project(tmp_path)
+
+
+def plan(*overrides: str, recipe: str = "two") -> RunPlan:
+    return build.plan(recipe, list(overrides))
+
+
+def errors(*overrides: str, recipe: str = "two") -> list[str]:
+    with pytest.raises(CptError) as caught:
+        plan(*overrides, recipe=recipe)
+    assert caught.value.exit_code == 2
+    found, pending = [], [caught.value]
+    while pending:
+        one = pending.pop(0)
+        found.append(one.message)
+        pending += one.more
+    return found
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_every_shipped_recipe_becomes_a_plan_that_survives_json(project: Path, recipe: str) -> None:
+    given = [f"sources.{name}.paths=data/law.jsonl" for name in SHIPPED[recipe]]
+    small = ["base=base", "train.parallel.tp=1"] if given else []
+    made = plan(*given, *small, recipe=recipe)
+    assert from_json(RunPlan, json.loads(json.dumps(to_json(made)))) == made
+    assert all(stage.fingerprint for stage in made.stages.values())
+
+
+@pytest.mark.parametrize("recipe", [name for name, sources in SHIPPED.items() if sources])
+def test_a_recipe_with_unfilled_paths_says_so_once_with_the_overrides_to_give(project: Path, recipe: str) -> None:
+    with pytest.raises(CptError) as caught:
+        plan(recipe=recipe)
+    keys = ["base.checkpoint", *(f"sources.{name}.paths" for name in SHIPPED[recipe])]
+    assert not caught.value.more
+    assert caught.value.message == f"the recipe `{recipe}` leaves {', '.join(f'`{k}`' for k in keys)} to you"
+    assert all(f"{k}=" in caught.value.hints[0] for k in keys)
+
+
+def test_tokens_become_steps_of_whole_batches(project: Path) -> None:
+    train = plan("stages.domain.tokens=20k").stages["domain"].train
+    assert train is not None
+    assert (train.steps, train.tokens) == (39, 39 * 8 * 64)
+
+
+def test_additive_replay_comes_on_top_of_the_tokens(project: Path) -> None:
+    inside = plan("stages.anneal.replay={share: 50%, sources: [news]}").stages["anneal"].train
+    on_top = plan("stages.anneal.replay={share: 50%, sources: [news], account: additive}").stages["anneal"].train
+    assert inside is not None and on_top is not None and on_top.steps == 2 * inside.steps
+
+
+def test_replay_of_a_stage_reads_its_mixture(project: Path) -> None:
+    train = plan("stages.anneal.replay=10%").stages["anneal"].train
+    assert train is not None and train.replay is not None
+    assert train.replay.of == "domain" and train.replay.sources == pytest.approx({"law": 0.8, "news": 0.2})
+
+
+def test_replay_of_the_base_must_name_sources_that_stand_for_it(project: Path) -> None:
+    assert any("what `base` was trained on is not known" in e for e in errors("+stages.domain.replay=10%"))
+
+
+def test_no_replay_is_one_override(project: Path) -> None:
+    train = plan("stages.anneal.replay.share=0").stages["anneal"].train
+    assert train is not None and train.replay is None
+
+
+def test_shares_are_normalised_and_a_share_of_0_leaves_out(project: Path) -> None:
+    train = plan("stages.domain.mixture={law: 3, news: 1}").stages["domain"].train
+    assert train is not None and train.mixture == {"law": 0.75, "news": 0.25}
+    train = plan("stages.domain.mixture.news=0").stages["domain"].train
+    assert train is not None and train.mixture == {"law": 1.0}
+
+
+def test_an_anneal_that_keeps_the_lr_starts_at_the_lr_that_its_parent_ended_on(project: Path) -> None:
+    stages = plan().stages
+    domain, anneal = stages["domain"].train, stages["anneal"].train
+    assert domain is not None and anneal is not None
+    assert anneal.lr.points[0] == pytest.approx(domain.lr.points[2])
+    assert anneal.lr.points[2] == 0
+
+
+def test_stages_are_ordered_by_what_they_start_from(project: Path) -> None:
+    made = plan("stages.domain.from=first", "+stages.first={from: base, keep: [weights], tokens: 5k, "
+                "mixture: {news: 1}, lr: {schedule: constant, peak: 1e-4, warmup: 10%}}")  # fmt: skip
+    assert list(made.stages) == ["first", "domain", "anneal", "export"]
+
+
+def test_a_fork_keeps_the_checkpoint_that_it_starts_from(project: Path) -> None:
+    lr = "stages.domain.lr={schedule: wsd, peak: 1e-3, decay: 25%}"
+    stages = plan(lr, "stages.anneal.from=domain@pre_anneal", "stages.anneal.lr={schedule: linear}").stages
+    domain = stages["domain"].train
+    assert domain is not None and stages["domain"].keep_steps == (domain.steps - 10,)
+    assert plan("stages.anneal.from=domain@7").stages["domain"].keep_steps == (7,)
+
+
+def test_a_stage_takes_defaults_from_train_and_overrides_any(project: Path) -> None:
+    stages = plan("train.optimizer.clip=2", "+stages.anneal.optimizer.eps=1e-6", "+stages.anneal.seq_length=32").stages
+    domain, anneal = stages["domain"].train, stages["anneal"].train
+    assert domain is not None and anneal is not None
+    assert (domain.optimizer.clip, domain.optimizer.eps, domain.seq_length) == (2, 1e-8, 64)
+    assert (anneal.optimizer.clip, anneal.optimizer.eps, anneal.seq_length) == (2, 1e-6, 32)
+
+
+def test_null_in_a_stage_takes_back_what_train_sets(project: Path) -> None:
+    stages = plan("+train.evaluate.every=2k", "+stages.anneal.evaluate.every=null").stages
+    domain, anneal = stages["domain"].train, stages["anneal"].train
+    assert domain is not None and anneal is not None
+    assert domain.evaluate.every_steps == 4 and anneal.evaluate.every_steps is None
+
+
+def test_every_source_with_held_out_text_is_measured(project: Path) -> None:
+    train = plan("sources.news.valid=0").stages["domain"].train
+    assert train is not None and train.evaluate.sources == ("law",)
+
+
+def test_the_name_is_recipe_and_id_unless_given(project: Path) -> None:
+    made = plan()
+    assert made.name == f"two-{made.id[:6]}"
+    assert plan("name=mine").name == "mine" and plan("name=mine").id == made.id
+
+
+def test_cache_and_runs_follow_the_environment_and_the_folder(project: Path) -> None:
+    made = build.plan("two", [], environ={"CPT_CACHE": "/elsewhere/cache"})
+    assert made.cache == "/elsewhere/cache" and made.runs == str(project / "runs")
+    assert plan("cache=here").cache == str(project / "here")
+
+
+def test_all_broken_rules_are_reported_together(project: Path) -> None:
+    found = errors(
+        "stages.domain.mixture={lwa: 1}",
+        "stages.anneal.keep=[optimizer,lr]",
+        "+stages.anneal.parallel={tp: 3}",
+        "+stages.anneal.stop_if={source: nobody, loss_rises: 1%}",
+    )
+    assert len(found) == 4, found
+
+
+def test_wrong_values_and_unknown_keys_are_reported_together(project: Path) -> None:
+    found = errors("train.seq_length=many", "train.presicion=fp32", "stages.domain.tokens=-1", "checkpoint.evry=1B")
+    assert len(found) == 4, found
+
+
+def test_a_key_that_exists_only_elsewhere_is_answered_with_where(project: Path) -> None:
+    with pytest.raises(CptError) as caught:
+        plan("lr=3e-5")
+    assert "`stages.<stage>.lr.peak`" in caught.value.hints[0]
+    with pytest.raises(CptError) as caught:
+        plan("tokens=1B")
+    assert "`stages.<stage>.tokens`" in caught.value.hints[0]
+
+
+def test_an_option_of_another_schedule_would_have_no_effect(project: Path) -> None:
+    found = errors("stages.domain.lr={schedule: cosine, peak: 1e-3, decay: 10%}")
+    assert "would have no effect" in found[0] and "`wsd`" in found[0]
+
+
+def test_a_law_that_is_not_there_yet_is_refused_by_name(project: Path) -> None:
+    assert any("${law:share}" in e for e in errors("stages.anneal.replay.share=${law:share}"))
+
+
+def test_two_corpora_of_one_content_are_one_identity_whatever_the_folder(project: Path) -> None:
+    import shutil
+
+    (project / "copy").mkdir()
+    shutil.copy2(project / "data" / "law.jsonl", project / "copy" / "law.jsonl")
+    assert plan().sources["law"].identity == plan("sources.law.paths=copy/law.jsonl").sources["law"].identity
+
+
+def test_the_base_is_known_by_content_not_by_its_folder(project: Path) -> None:
+    import os
+    import shutil
+
+    shutil.copytree(project / "base", project / "same")
+    os.utime(project / "same" / "model.safetensors", (1, 1))
+    assert plan("base=same").base.identity == plan().base.identity
+    write_base(project / "other", rms_norm_eps=1e-6)
+    assert plan("base=other").base.identity != plan().base.identity
+
+
+def test_model_is_compared_with_the_base(project: Path) -> None:
+    assert "`model.num_layers` is `3`, but the base checkpoint has `4`" in errors("+model={num_layers: 3}")
+    assert plan("+model={num_layers: 4}").id == plan().id
+
+
+def test_pickled_weights_are_refused(project: Path) -> None:
+    (project / "base" / "model.safetensors").rename(project / "base" / "pytorch_model.bin")
+    assert "pickled" in errors()[0]
+
+
+def test_a_source_without_files_and_a_broken_first_line_are_told_before_anything_starts(project: Path) -> None:
+    assert "no file matches" in errors("sources.law.paths=data/*.txt")[0]
+    (project / "data" / "law.jsonl").write_text('{"text": \n' * 9)
+    assert any("law" in e for e in errors())
+
+
+def test_a_scratch_run_needs_a_model_and_a_tokenizer(project: Path) -> None:
+    found = errors("base=scratch", "stages.domain.keep=[]")
+    assert any("tokenizer" in e for e in found), found
+    found = errors("base=scratch", "stages.domain.keep=[]", "tokenizer=base")
+    assert any("`model.family` is missing" in e for e in found), found
+    made = plan("base=scratch", "stages.domain.keep=[]", "tokenizer=base", "model=llama-1m")
+    assert made.model is not None and made.model.vocab_size == 64 and made.stages["domain"].parent is None
+
+
+def test_an_evaluate_stage_takes_the_lengths_of_train(project: Path) -> None:
+    stage = plan("+stages.look={kind: evaluate, from: domain, tokens: 1k}").stages["look"]
+    assert stage.options["seq_length"] == 64 and stage.options["tokens"] == 1000
+    assert list(stage.options["sources"]) == ["news", "law"]
+
+
+def test_a_second_language_may_be_called_no_in_quotes(project: Path) -> None:
+    write_corpus(project / "data" / "no.jsonl")
+    text = RECIPE.replace("  law: {paths", '  "no": {paths: data/no.jsonl}\n  law: {paths')
+    (project / "recipes" / "two.yaml").write_text(text)
+    assert list(plan().sources) == ["news", "no", "law"]
