@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.launch import processes
+from cpt.launch.environment import rank_environment
 
 if __name__ == "__mp_main__":  # a helper process that `multiprocessing` spawned from a rank
     processes.die_with_parent(os.getppid())
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
         return 2
     job = Path(arguments[0])
     if num_ranks is None:
+        os.environ |= rank_environment(os.environ)
         return _take_leave(rank_main(job))
     return parent_main(num_ranks, job)
 

@@ -48,6 +48,8 @@ def command(
     first = build.plan(None, texts)
     if not json and not talk.quiet:
         _show_plan(first)
+    if not yes and not _agreed(first):
+        return 0
     settings = Settings(
         command=["cpt", *sys.argv[1:]],
         cwd=Path.cwd(),
@@ -57,7 +59,7 @@ def command(
     )
     screen = Screen(quiet=talk.quiet, every=every)
     try:
-        result = run(lambda: build.plan(None, texts), settings, screen.tell, screen.started)
+        result = run(first, lambda: build.plan(None, texts), settings, screen.tell, screen.started)
     finally:
         screen.close()
     return _finish(result, screen, json)
@@ -139,6 +141,26 @@ def _show_plan(plan: RunPlan) -> None:
     from cpt.cli import plan as plan_command
 
     sys.stderr.write(plan_command.text(plan))
+
+
+def _agreed(plan: RunPlan) -> bool:
+    """Ask once about a run that is estimated to last longer than `ask_above`. Without a terminal nobody is asked."""
+    from cpt.base.units import parse_duration, show_duration
+    from cpt.cli import plan as plan_command
+    from cpt.cli.flags import note
+
+    limit = plan.config.get("ask_above")
+    if limit is None:
+        return True
+    seconds = plan_command.cost(plan).seconds
+    if seconds is None or seconds <= parse_duration(limit):
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        note(f"about {show_duration(seconds)}, more than `ask_above`; there is no terminal to ask in, so it starts")
+        return True
+    sys.stderr.write(f"about {show_duration(seconds)}: start? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _finish(result: Result, screen: Screen, json: bool) -> int:

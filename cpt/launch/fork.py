@@ -108,7 +108,8 @@ def _take_signals(tree: _Tree) -> None:
         tree.now |= tree.asked > 1 and number == signal.SIGINT
 
     for number in STOP_SIGNALS:
-        signal.signal(number, handle)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a closed terminal stops nothing
+            signal.signal(number, handle)
 
 
 def _rendezvous(num_ranks: int) -> Any:

@@ -69,7 +69,8 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
     at = f" at step {event['step']:,}" if isinstance(event.get("step"), int) else ""
     if kind == "stage_start" and now is not None:
         how = f"goes on from step {now.step:,}" if event.get("resumed") else "starts"
-        return f"{name}  {how} · {now.steps:,} steps, {show.show_count(now.total)} tokens · {now.layout}"
+        size = f"{now.steps:,} steps, {show.show_count(now.total)} tokens" if now.steps else ""
+        return " · ".join(part for part in (f"{name}  {how}", size, now.layout) if part)
     if kind == "eval" and now is not None:
         return f"{name}  evaluation{at}: {losses(now)}" if now.losses else None
     if kind == "save":

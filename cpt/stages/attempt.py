@@ -133,13 +133,14 @@ def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
     Returns:
         0, 75, 4 or 1; with 1 there is a `failure.json` in the attempt's folder.
     """
+    code_given = code
     try:
         if now:
             code = SAVED
         elif code not in (DONE, SAVED, GUARD) and not (attempt.folder / "failure.json").exists():
             code = outcome.conclude(attempt.folder, attempt.num_ranks)
             code = FAILED if code in (DONE, SAVED, GUARD) else code
-            _explain_lost_parent(attempt)
+            _explain_lost_parent(attempt, code_given)
         if code == DONE and (missing := parents.missing_result(attempt.stage, attempt.stage_dir)):
             code = FAILED
             _write_failure(attempt.folder, "result", f"the ranks ended well, but {missing}")
@@ -149,14 +150,17 @@ def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
     return code
 
 
-def _explain_lost_parent(attempt: Attempt) -> None:
+def _explain_lost_parent(attempt: Attempt, code: int) -> None:
     """A failure for the case that no rank has one: their parent was killed, or could not start them."""
     path = attempt.folder / "failure.json"
     found = read_json(path) if path.exists() else {"kind": "lost"}
     if found.get("kind") == "lost" and not any((attempt.folder / "ranks").glob("*.json")):
         log = attempt.folder / "logs" / "launch.log"
         last = [line for line in _tail(log) if line.strip()]
-        error = last[-1].strip() if last else "the ranks' parent process was killed"
+        killed = code < 0 or not last
+        error = (
+            "the parent process of the ranks was killed" if killed else f"the ranks did not start: {last[-1].strip()}"
+        )
         _write_failure(attempt.folder, "launch", error, log=str(log))
 
 
@@ -261,6 +265,7 @@ def _main_begin(run_dir: Path, name: str, holder_pid: int) -> int:
         sys.stderr.write(f"note: stage `{name}` is done already\n")
         return 0
     attempt = begin(run_dir, name, lock.holder_of(holder_pid, f"launch script of `{name}`"))
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
     for text in attempt.notes:
         sys.stderr.write(f"note: {text}\n")
     sys.stdout.write(f"{attempt.folder / 'job.json'}\n")

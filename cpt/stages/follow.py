@@ -36,6 +36,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # under nohup a closed terminal stops nothing
+                continue
             with contextlib.suppress(ValueError):  # only the main thread has signals
                 self._old[number] = signal.signal(number, self._handle)
         return self

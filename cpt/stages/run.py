@@ -1,6 +1,6 @@
 """One run from start to end: prepare data, make the final plan, then every stage that is not done, in order.
 
-    build() ─▶ prepare tokenizer and corpora ─▶ build() again: the plan by content hashes ─▶ run folder, lock
+    plan ─▶ prepare tokenizer and corpora ─▶ the plan again, by content hashes ─▶ run folder, lock
         ─▶ for each stage: decide (keep, re-use, run, refuse) ─▶ attempt ─▶ ranks ─▶ state
 
 A second call does only what is not done, and says why.
@@ -67,7 +67,8 @@ class Result:
 
 
 def run(
-    build: Callable[[], RunPlan],
+    plan: RunPlan,
+    rebuild: Callable[[], RunPlan],
     settings: Settings,
     tell: Callable[[Event], None],
     started: Callable[[Result], None] = lambda result: None,
@@ -75,7 +76,8 @@ def run(
     """Do what is not done yet.
 
     Args:
-        build: makes the plan from the recipe; called again once data is prepared.
+        plan: may hold estimates of corpora that are not prepared yet.
+        rebuild: makes the plan again once data is prepared.
         tell: takes every event: the run's own, and those of stages with `stage` added. Its errors never stop a run.
         started: called once the run folder is known and locked.
 
@@ -85,7 +87,7 @@ def run(
     with Stop() as stop:
         diary = _Diary(settings, tell)
         try:
-            plan, prepared = _prepare(build, diary)
+            plan, prepared = _prepare(plan, rebuild, diary)
         except KeyboardInterrupt:
             raise StoppedAndSaved(
                 "stopped while preparing data", f"`{shlex.join(settings.command)}` goes on with what is missing"
@@ -128,9 +130,9 @@ def _disk_full(run_dir: Path, settings: Settings) -> EnvironmentProblem:
     )
 
 
-def _prepare(build: Callable[[], RunPlan], diary: _Diary) -> tuple[RunPlan, Prepared]:
-    prepared = prepare(build(), diary.write)
-    plan = build()
+def _prepare(plan: RunPlan, rebuild: Callable[[], RunPlan], diary: _Diary) -> tuple[RunPlan, Prepared]:
+    prepared = prepare(plan, diary.write)
+    plan = rebuild()
     unpinned = [n for n, s in plan.sources.items() if n in prepared.corpora and (s.facts is None or s.facts.estimated)]
     assert not unpinned, f"prepared sources are not known to the plan: {unpinned}"
     return plan, prepared
