@@ -14,7 +14,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 301,
     "max_position_embeddings": 1100,
-    "initializer_range": 0.3,
+    "initializer_range": 0.1,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16},

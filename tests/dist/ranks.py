@@ -11,11 +11,13 @@ every call may have another layout. When a rank fails, the others are ended and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -92,10 +94,15 @@ def run_ranks(
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens on just now, below those that the kernel gives to outgoing connections.
+
+    One of the kernel's own choice would often be taken by somebody's connection before rank 0 listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def die_with_parent() -> None:
