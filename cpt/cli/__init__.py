@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,9 @@ def available() -> dict[str, Command]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ends the process with its exit code when called as the console script."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks `≈` shows `?` instead
+            stream.reconfigure(errors="replace")
     code = failures.report(lambda: dispatch(argv), debug="--debug" in argv)
     if arguments is None:
         sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +63,10 @@ def _plan(text: str, overrides: list[str]) -> RunPlan:
     from cpt.plan.types import RunPlan, from_json
     from cpt.report.runs import find_run
 
-    words = text.split()
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise UsageError(f"`{text}` has quotes that do not close") from None
     if not words:
         raise UsageError("an empty text names no plan")
     path = Path(words[0])

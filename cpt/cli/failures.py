@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -152,12 +153,10 @@ def write_error(error: CptError, stream: TextIO | None = None) -> None:
             else line
             for line in text.split("\n")
         )
-    try:
+    with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         stream.write(text)
         stream.flush()
-    except (BrokenPipeError, UnicodeEncodeError):
-        stream.write(text.encode("ascii", "backslashreplace").decode())
 
 
 def printable(text: str, limit: int = 2000) -> str:

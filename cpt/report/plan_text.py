@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt.plan.budget import Budget
 from cpt.plan.check import passes, tokens_by_source
-from cpt.plan.types import RunPlan, StagePlan, Train
+from cpt.plan.types import Replay, RunPlan, StagePlan, Train
 from cpt.report import show
 from cpt.report.table import aligned
 
@@ -127,18 +127,28 @@ def _source_rows(plan: RunPlan) -> list[list[str]]:
                     show.show_count(tokens),
                     show.share(tokens / stage.train.tokens),
                     f"{mark}{show.show_count(facts.tokens)}" if facts else "?",
-                    f"{mark}{count.get(name, 0):.2f}",
-                    _role(stage.train) if role == "replay" else "",
+                    f"{mark}{_passes(count.get(name, 0.0))}",
+                    _role(plan, stage.train) if role == "replay" else "",
                 ]
             )
     return rows
 
 
-def _role(train: Train) -> str:
+def _passes(count: float) -> str:
+    return f"{count:.2f}" if count < 100 else f"{count:,.0f}"
+
+
+def _role(plan: RunPlan, train: Train) -> str:
+    """Whose data is replayed; of a base that others trained, sources only stand in for it."""
     replay = train.replay
     assert replay is not None
-    extra = f", on top: {1 / (1 - replay.share):.2f} × the compute" if replay.account == "additive" else ""
-    return f"replay of {show.plain(replay.of)}{extra}"
+    if replay.of == "base" and plan.base.kind != "scratch":
+        return f"stand-in replay of base{_extra(replay)}"
+    return f"replay of {show.plain(replay.of)}{_extra(replay)}"
+
+
+def _extra(replay: Replay) -> str:
+    return f", on top: {1 / (1 - replay.share):.2f} × the compute" if replay.account == "additive" else ""
 
 
 def _other_stages(plan: RunPlan) -> list[str]:
