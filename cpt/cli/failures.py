@@ -161,5 +161,5 @@ def write_error(error: CptError, stream: TextIO | None = None) -> None:
 
 def printable(text: str, limit: int = 2000) -> str:
     """`text` on one line without control characters, so that hostile input cannot move the cursor, and not too long."""
-    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -39,7 +39,7 @@ class Kind:
 def _wanted(value: object, what: str, *hints: str) -> UsageError:
     shown = "true" if value is True else "false" if value is False else "null" if value is None else value
     text = str(shown)
-    return UsageError(f"`{text if len(text) <= 60 else text[:57] + '...'}` is not {what}", *hints)
+    return UsageError(f"`{text if len(text) <= 60 else text[:59] + '…'}` is not {what}", *hints)
 
 
 def _plain(value: object) -> bool:

@@ -67,7 +67,16 @@ def _base(plan: RunPlan) -> str:
         own = f", tokenizer trained on {', '.join(tokenizer.train_on)}" if tokenizer.train_on else ""
         return f"scratch: {family}{shape}{own}"
     kind = {"hf": "Hugging Face format", "native": "native format"}[plan.base.kind]
-    return f"{Path(plan.base.path or '').name}, {kind}, {shape}"
+    return f"{_place(plan.base.path or '')}, {kind}, {shape}"
+
+
+def _place(path: str) -> str:
+    """A checkpoint folder in short: its name, or run, stage and step of one of our own."""
+    folder = Path(path)
+    step = folder.name.removeprefix("iter_")
+    if step.isdigit() and folder.parent.name == "checkpoints" and folder.parents[2].name == "stages":
+        return show.plain(f"{folder.parents[3].name}/{folder.parents[1].name}@{int(step)}")
+    return show.plain(folder.name)
 
 
 def _stage_rows(plan: RunPlan) -> list[list[str]]:
@@ -98,7 +107,7 @@ def _parent(plan: RunPlan, stage: StagePlan) -> str:
     """Where a stage starts and what it keeps, in words."""
     if stage.parent is None:
         return "scratch"
-    name = stage.parent if stage.parent == "base" or stage.parent in plan.stages else Path(stage.parent).name
+    name = stage.parent if stage.parent == "base" or stage.parent in plan.stages else _place(stage.parent)
     if stage.parent_at is not None:
         name = f"{name}@{stage.parent_at}"
     if stage.train is None:
