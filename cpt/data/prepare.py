@@ -21,7 +21,9 @@ from cpt.data.shards import ShardWriter, token_dtype
 from cpt.data.worker import Encoded, Task
 from cpt.plan.types import DataOptions, Source
 
-SMALL = 16 << 20  # raw bytes below which starting processes costs more than it gains
+SMALL = 64 << 20  # text below which one process is done before others have started [bytes]
+
+PLAIN = (("lines", None), ("text", None))
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class _Builder:
         train = ShardWriter(self.folder / "train", dtype)
         valid = ShardWriter(self.folder / "valid", dtype)
         counts = dict.fromkeys(("train_bytes", "valid_bytes", "empty", "checked", "read"), 0)
-        workers = 0 if self.total < (SMALL if task.encoder == encode.FAST else SMALL // 8) else self.workers
+        small = SMALL if task.encoder == encode.FAST else SMALL // 8
+        workers = 0 if self._text_bytes() < small else self.workers
         try:
             with open(self.folder / "valid.bytes", "wb") as valid_bytes:
                 for part in encode_pieces(task, self._work(), workers):
@@ -205,6 +208,11 @@ class _Builder:
             "train_hash": hashes[0],
             "valid_hash": hashes[1],
         }
+
+    def _text_bytes(self) -> int:
+        """About how much text there is; what is packed counts four times its size."""
+        paths = [*readers.files(self.source, self.cache), *self.source.valid_paths]
+        return sum(readers.stat_file(p)[1] * (1 if pieces.file_kind(p) in PLAIN else 4) for p in paths)
 
     def _work(self) -> Iterator[Work]:
         """Pieces with the side that they go to."""
