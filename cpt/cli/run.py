@@ -121,6 +121,8 @@ class Screen:
         if self.quiet:
             return
         name = event.get("source")
+        if event.get("done") and event["seconds"] < 0.5 and self.display is None:
+            return  # it was there already
         if event.get("done"):
             clear = "\r\x1b[K" if sys.stderr.isatty() else ""
             self.line(f"{clear}data    {name}  {show_count(event['tokens'])} tokens")

@@ -83,8 +83,8 @@ def run_ranks(
         importlib.import_module(name)
     if tree.asked:
         return SAVED
-    store = _rendezvous(num_ranks)
-    os.environ |= _rank_environment(num_ranks, store.port)
+    store = _rendezvous(num_ranks) if num_ranks > 1 else None
+    os.environ |= _rank_environment(num_ranks, store.port if store else 0)
     memory_kills = _memory_kills()
     try:
         gc.freeze()  # the collector would touch, and so copy, every page of the imported modules in every rank
@@ -120,13 +120,14 @@ def _rendezvous(num_ranks: int) -> Any:
 
 
 def _rank_environment(num_ranks: int, port: int) -> dict[str, str]:
+    """Port 0: a single rank meets nobody and takes any free port when it wants one."""
     return {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         # torch's own word for "the store is served by the parent": rank 0 joins it instead of opening a second one.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_USE_AGENT_STORE": str(port != 0),
     }
 
 
@@ -159,9 +160,8 @@ def _child(rank: int, parent: int, attempt_dir: Path, rank_main: Callable[[], in
         os.close(log)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        import torch
-
-        torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
         code = rank_main()
     except BaseException:
         import traceback

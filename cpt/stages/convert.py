@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cpt.base.errors import DONE, UsageError
 from cpt.base.events import EventLog
@@ -29,6 +30,8 @@ class Convert(StageKind):
         to: `hf` or `native`.
         dtype: `fp32`, `bf16` or `fp16` for a Hugging Face folder; `auto` is that of the base, or fp32.
     """
+
+    modules: ClassVar[tuple[str, ...]] = ()  # one rank, and an export needs no Megatron
 
     to: str = "hf"
     dtype: str = "auto"

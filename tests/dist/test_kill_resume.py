@@ -108,6 +108,11 @@ def test_a_failure_names_stage_step_rank_cause_log_and_what_goes_on(runs: Runs) 
     assert re.search(r"hint: the log of that rank is `.*attempt_1/logs/rank_000\d.log`", text)
     assert re.search(r"hint: `.*run recipe=three runs=told name=it` goes on", text)
     assert "Traceback" not in text
+    words = [sys.executable, "-m", "cpt", "logs", str(runs.folder / "told" / "it")]
+    environ = {**os.environ, "PYTHONPATH": str(killing.ROOT)}
+    shown = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+    rank = re.search(r"on rank (\d)", text)
+    assert rank and f"rank_000{rank[1]}.log" in shown.stderr, "the log of the rank that failed is shown unasked"
 
 
 def test_a_finished_run_starts_nothing_and_says_so(runs: Runs) -> None:
