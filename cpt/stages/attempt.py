@@ -276,7 +276,7 @@ def _main_end(job_path: Path, code: int) -> int:
     plan, job = read_job(job_path)
     folder = job_path.parent.parent
     holder = lock.read_holder(folder)
-    if holder is None or holder.pid not in (os.getpid(), os.getppid()):
+    if holder is None or holder.pid not in _ourselves():
         raise UsageError(f"the lock of `{folder}` was taken over meanwhile; nothing is recorded")
     attempt = Attempt(plan, plan.stages[job.stage], job, job_path.parent, lock.Lock(folder, holder))
     code = finish(attempt, code)
@@ -284,6 +284,13 @@ def _main_end(job_path: Path, code: int) -> int:
         raise failure_error(attempt.folder, job.stage, str(folder / "launch.sh"))
     sys.stderr.write(f"note: stage `{job.stage}`: {state.read(folder).status}\n")
     return code
+
+
+def _ourselves() -> set[int]:
+    """This process and those that it descends from: the script that holds the lock is one of them."""
+    import psutil
+
+    return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
 def with_reference(old: State, fingerprint: str, reference: Path, reason: str) -> State:
