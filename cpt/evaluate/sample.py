@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,7 @@ class Model:
         config = facts.model if facts else hf.read_config(found.folder)
         precision = "bf16" if device.has_cuda() and (facts is None or facts.precision == "bf16") else "fp32"
         layout = Parallel()
-        distributed.init(layout, 0, 1, address=f"127.0.0.1:{_free_port()}")
+        distributed.init(layout, 0, 1, address="127.0.0.1:0")
         self.engine = megatron.build(config, layout, precision=precision, optimizer=None)
         if facts:
             native.load(self.engine, found.folder, keep={"weights"})
@@ -173,12 +172,6 @@ def _begins_with_bos(found: Found, otherwise: bool) -> bool:
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):
             return bool(read_json(found.folder.resolve().parents[3] / "plan.json")["data"]["bos"])
     return otherwise
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _chooser(options: Sampling) -> Callable[[Any], int]:
