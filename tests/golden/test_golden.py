@@ -56,7 +56,9 @@ def test_help(project: Path) -> None:
 
 
 def test_plan_of_demo(project: Path) -> None:
-    same("plan_demo", cpt("plan", "recipe=demo", "--plot").out, project)
+    # How much text Python and its packages carry differs between versions.
+    text = re.sub(r" *corpus +passes so far| *≈[\d.]+[KMB]? +≈[\d.]+", " ≈", cpt("plan", "recipe=demo", "--plot").out)
+    same("plan_demo", text, project)
 
 
 @pytest.mark.parametrize("recipe", GIVEN)
