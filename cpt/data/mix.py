@@ -58,7 +58,7 @@ class Assignment:
         self._step = 0  # samples since the last change of shares
         self._given = [0] * len(shares)  # by each source since then
         self._waiting: list[tuple[int, int]] = []
-        self._ready: list[tuple[float, int]] = []
+        self._ready: list[tuple[int, int]] = []
         self.counts = [0] * len(shares)
         self._debts = [0] * len(shares)  # at the last change of shares, in parts of UNIT
         self._shares = whole_shares(shares)
@@ -127,6 +127,9 @@ class Assignment:
         """First sample at which the debt of i reaches θ."""
         return -((self._debts[i] - self._given[i] * UNIT - self._theta) // self._shares[i])
 
-    def _deadline(self, i: int) -> float:
-        """The time at which the debt of i passes 1 - θ."""
-        return (UNIT - self._theta + self._given[i] * UNIT - self._debts[i]) / self._shares[i]
+    def _deadline(self, i: int) -> int:
+        """The last sample up to which i may be passed over: its debt is then still at most 1 - θ.
+
+        A whole number, so that a resume, which counts from another sample, compares alike.
+        """
+        return (UNIT - self._theta + self._given[i] * UNIT - self._debts[i]) // self._shares[i]
