@@ -77,3 +77,17 @@ def test_help_loads_nothing_heavy() -> None:
 def test_plan_loads_no_torch() -> None:
     code = "from cpt.cli import main\ntry:\n    main(['plan', 'recipe=demo'])\nexcept SystemExit:\n    pass"
     assert not loaded_by(code) & {"torch", "megatron", "transformers"}
+
+
+def test_a_plain_pytest_run_collects_every_folder_of_tests() -> None:
+    """pytest passes over folders called `dist` unless it is told not to."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(here / "dist")]
+    done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True)
+    from_above = subprocess.run(
+        [*command[:-1], "--ignore-glob=*/unit/*", "--ignore-glob=*/cli/*"],
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert "test_kill_resume.py" in done.stdout and "test_kill_resume.py" in from_above.stdout
