@@ -95,7 +95,8 @@ def _valid(run: RunHistory, places: dict[str, float], colours: Colours) -> Chart
     pieces: dict[str, list[list[tuple[float, float]]]] = {}
     for name, x in places.items():
         for domain, points in _evaluations(run, name).items():
-            pieces.setdefault(domain, []).append([(x + t, loss) for t, loss in points])
+            begin = [] if points[0][0] == 0 else _end_of_parent(run, name, domain)
+            pieces.setdefault(domain, []).append([(x + t, loss) for t, loss in [*begin, *points]])
     series = [
         Series(label=show.plain(d, 60), colour=colours.of(d), pieces=p, dots=True) for d, p in sorted(pieces.items())
     ]
@@ -104,6 +105,16 @@ def _valid(run: RunHistory, places: dict[str, float], colours: Colours) -> Chart
         f"The first points lie above the picture, up to {cut:.2f}." if cut else ""
     )
     return chart("Validation loss by domain", "nats/token", series, _spans(run, places), top=top, caption=caption)
+
+
+def _end_of_parent(run: RunHistory, stage: str, domain: str) -> list[tuple[float, float]]:
+    """Where the line of a stage begins that was not measured at its start, because its parent's end just had been."""
+    part = run.plan.stages[stage]
+    parent = run.plan.stages.get(part.parent or "")
+    if parent is None or parent.train is None or part.parent_at is not None:
+        return []
+    points = _evaluations(run, parent.name).get(domain, [])
+    return [(0.0, points[-1][1])] if points and points[-1][0] == parent.train.tokens else []
 
 
 def _evaluations(run: RunHistory, stage: str) -> dict[str, list[tuple[float, float]]]:

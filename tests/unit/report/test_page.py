@@ -160,3 +160,14 @@ def test_ticks_never_share_a_label():
         ticks = charts.nice_ticks(low, high)
         labels = [charts.tick_label(t, charts.tick_digits(ticks)) for t in ticks]
         assert len(set(labels)) == len(labels), labels
+
+
+def test_a_line_goes_on_from_the_parents_end_where_a_stage_was_not_measured_at_its_start(tmp_path):
+    from cpt.evaluate import measurements
+    from cpt.report.history import read_run
+    from cpt.report.page import _end_of_parent
+
+    run = read_run(made_run.make(tmp_path))
+    end = measurements(run.events["base"])[-1]
+    assert _end_of_parent(run, "domain", "general") == [(0.0, end.losses["general"].loss)]
+    assert _end_of_parent(run, "base", "general") == []
