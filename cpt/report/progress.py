@@ -105,6 +105,9 @@ class Progress:
         """Take in the next event of a stage; None for a stage that the plan does not have."""
         now = self.stages.get(stage)
         if now is not None:
+            parent = self.stages.get(now.plan.parent or "")
+            if not now.first_losses and parent is not None and now.plan.parent_at is None:
+                now.first_losses = dict(parent.losses)  # the end of the parent is the start of the stage
             now.take(event)
             self.current = stage
         return now

@@ -146,3 +146,14 @@ def test_time_left_is_what_the_rest_takes_at_this_speed(run):
     assert now.seconds_left == pytest.approx(50 * 0.6, rel=0.01)
     assert progress.seconds_left == pytest.approx((50 + 120 + 50) * 0.6, rel=0.01)
     assert list(fields(now, progress)) == FIELDS
+
+
+def test_an_evaluation_is_compared_with_the_parents_end_where_the_start_was_not_measured(tmp_path):
+    from cpt.report.progress import Progress
+    from cpt.report.runs import find_run
+    from cpt.stages.attempt import read_plan
+
+    progress = Progress(read_plan(find_run(str(made_run.make(tmp_path)))))
+    progress.take("base", {"kind": "eval", "when": "end", "step": 150, "losses": {"general": {"loss": 3.0}}})
+    now = progress.take("domain", {"kind": "eval", "when": "during", "step": 5, "losses": {"general": {"loss": 3.5}}})
+    assert now.first_losses == {"general": 3.0} and now.losses == {"general": 3.5}
