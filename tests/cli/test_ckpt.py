@@ -144,7 +144,8 @@ def test_sample_continues_a_text_the_same_way_each_time(run: Path) -> None:
     assert greedy and greedy == narrow and warm == again != greedy and greedy.startswith(short.rstrip("�"))
     done = cpt("sample", str(run), text, "--tokens", "30")
     assert done.stdout == f"{text}{greedy}\n"
-    assert done.stderr == f"note: using `{run / 'stages/domain/checkpoints/iter_0000010'}`\n"
+    # The first line: torch builds for GPUs add a warning of their own where there is none.
+    assert done.stderr.splitlines()[0] == f"note: using `{run / 'stages/domain/checkpoints/iter_0000010'}`"
 
 
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
