@@ -94,7 +94,7 @@ class Loop:
                 outcome = self._evaluate()
                 if outcome:
                     return outcome
-            if self.progress.step == self.train.steps:
+            if self.progress.step >= self.train.steps:
                 self._save("end")
                 self.saver.wait()
                 return "done"
@@ -145,15 +145,18 @@ class Loop:
         return None
 
     def _check_import(self, loss: float, what: str) -> None:
-        """A base that predicts hardly better than a uniform guess was not read as it was written."""
+        """A base that predicts hardly better than a uniform guess was probably not read as it was written."""
         self.imported = False
-        limit = BROKEN_IMPORT * math.log(self.engine.model.vocab_size)
+        guess = math.log(self.engine.model.vocab_size)
+        limit = BROKEN_IMPORT * guess
         if self.train.broken_import_guard and loss > limit:
             raise StageFailed(
-                f"the first {what} of the imported base is {loss:.2f} nats/token; a uniform guess gives "
-                f"{math.log(self.engine.model.vocab_size):.2f}, so the base was not imported as it was trained",
+                f"the first {what} of the imported base is {loss:.2f} nats/token, above {limit:.2f} "
+                f"({BROKEN_IMPORT:g} of the {guess:.2f} of a uniform guess): it looks as if it was not read as it was "
+                "trained",
                 "suspects: the tokenizer is another one, the tensor mapping is wrong, or the base needs a BOS token "
                 "(`data.bos=true`)",
+                "if the text is only far from what the base knows, as a new language is, "
                 "`train.broken_import_guard=false` trains all the same",
             )
 

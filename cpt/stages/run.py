@@ -183,6 +183,19 @@ def _refuse_other_plan(plan: RunPlan, run_dir: Path, settings: Settings) -> None
         )
 
 
+def _refuse_too_far(stage: StagePlan, folder: Path) -> None:
+    """A changed plan may end a stage before where it already is."""
+    newest, _ = parents.store.newest_whole(folder / "checkpoints")
+    step = int(newest.name.removeprefix("iter_")) if newest else 0
+    train = stage.train
+    if train is not None and step > train.steps:
+        raise UsageError(
+            f"stage `{stage.name}` is saved at step {step:,}, and the new plan ends it at step {train.steps:,}",
+            f"`stages.{stage.name}.tokens` of at least {step * train.global_batch_size * train.seq_length:,} goes on, "
+            "`--fresh` starts again in a new folder",
+        )
+
+
 def _names(names: Sequence[str]) -> str:
     return ("stage " if len(names) == 1 else "stages ") + ", ".join(f"`{n}`" for n in names)
 
@@ -299,6 +312,7 @@ class _Stages:
         if decision.action != decide.RUN:
             self._mark(stage, state.DONE, decision.why)
             return
+        _refuse_too_far(stage, folder)
         if self.stop.asked:
             raise StoppedAndSaved(f"stopped before stage `{stage.name}`", f"`{self.again}` goes on")
         state_before = state.read(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_an_unfinished_stage_goes_on_under_accepted_changes_only(runs: Runs) -> 
     accepted = runs.finish("changed", wider, "--accept-changes")
     assert accepted.process.returncode == 0, accepted.text()[-3000:]
     assert "`mixture.even` 0.7 → 0.6" in accepted.text()
+
+
+def test_a_stage_that_is_further_than_the_new_plan_is_refused(runs: Runs) -> None:
+    long = runs.start("shrunk", "stages.domain.tokens=32768")
+    long.wait_until(lambda: any(e["kind"] == "step" and e["step"] >= 3 for e in long.events("domain")), "step 3")
+    long.process.send_signal(signal.SIGINT)
+    assert long.process.wait(120) == 75
+    short = runs.finish("shrunk", "stages.domain.tokens=256", "--accept-changes")
+    assert short.process.returncode == 2 and "the new plan ends it at step 1" in short.text()
 
 
 def test_fresh_starts_again_in_a_new_folder(runs: Runs) -> None:

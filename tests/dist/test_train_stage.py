@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cpt.checkpoint import store
 from cpt.engine.anomalies import judge, judge_grad_norm
 from cpt.plan.types import Anomalies, Evaluate, Parallel, Saving, StopIf
 from tests.dist.ranks import RankFailed, run_ranks
-from tests.dist.small_run import BATCH, SEQ, STEPS, SmallRun, weights, work
+from tests.dist.small_run import BATCH, MODEL, SEQ, STEPS, SmallRun, weights, work
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,27 @@ def test_a_spike_is_a_loss_far_above_the_running_mean() -> None:
     assert judge(math.inf, [], rules)[0] == "skip"
     assert judge_grad_norm(math.nan, rules)[0] == "skip"
     assert judge_grad_norm(1e9, rules) == ("update", "")
+
+
+def test_a_base_that_predicts_like_a_guess_is_refused_before_it_is_trained(prepared: SmallRun, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=MODEL.vocab_size,
+        hidden_size=MODEL.hidden_size,
+        intermediate_size=MODEL.ffn_hidden_size,
+        num_hidden_layers=MODEL.num_layers,
+        num_attention_heads=MODEL.num_attention_heads,
+        num_key_value_heads=MODEL.num_query_groups,
+        max_position_embeddings=SEQ,
+        rms_norm_eps=MODEL.norm_eps,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")  # random weights
+    run = prepared.copy(tmp_path / "run")
+    train = run.train(steps=2)
+    base = str(tmp_path / "base")
+    with pytest.raises(RankFailed, match=r"above 4\.61 \(0\.8 of the 5\.77 of a uniform guess\)"):
+        run_ranks(2, work, run.job(train, start="hf", parent=base))
+    trusted = replace(train, broken_import_guard=False)
+    assert run_ranks(2, work, run.job(trusted, start="hf", parent=base)) == [DONE, DONE]
