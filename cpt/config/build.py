@@ -152,7 +152,10 @@ def _read(composed: Composed, cwd: Path, environ: Mapping[str, str]) -> _Work:
         runs=(cwd / Path(runs).expanduser()).resolve(),
         errors=reading.errors,
     )
-    if not reading.errors and not values.get("stages"):
+    for key, folder in (("runs", work.runs), ("cache", work.cache)):
+        if why := machine.why_unwritable(folder):
+            work.errors.append(UsageError(f"cannot write the `{key}` folder `{folder}`: {why}"))
+    if not values.get("stages") and not reading.errors:
         work.errors.append(UsageError(f"the recipe `{composed.recipe}` has no stages"))
     work.stop_if_wrong()
     return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,22 @@ _PEAKS = {
 }
 _RUNS = 8  # earlier runs that are looked at, newest first
 _TAIL = 1 << 16  # bytes of an event file that are looked at
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why a folder cannot be made or written to, as the end of a sentence; None when it probably can. Writes nothing.
+
+    Args:
+        folder: absolute; may not exist yet, then the nearest folder above it counts.
+    """
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        return f"`{there}` is a file"
+    if there.parts[1:2] in (("proc",), ("sys",)):
+        return f"`/{there.parts[1]}` belongs to the kernel"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"`{there}` is not writable"
+    return None
 
 
 def devices() -> Devices:

@@ -31,7 +31,7 @@ def estimate(source: Source, tokenizer: Tokenizer | None = None) -> SourceFacts:
     """Size of a source, marked as an estimate.
 
     Raises:
-        UsageError: a file that cannot be read, or whose first documents are broken.
+        UsageError: no file has any bytes; a file that cannot be read, or whose first documents are broken.
     """
     reader = readers.reader(source)
     if reader.wants_paths and readers.is_megatron(source.paths):
@@ -54,8 +54,12 @@ def _size(source: Source) -> tuple[int, int, list[str]]:
     """Bytes of text and documents of all files, and some texts."""
     if not source.paths:
         return 0, 0, []
-    total = sum(readers.stat_file(path)[1] for path in source.paths)
-    looks = [_look(path, source.text) for path in {source.paths[0]: 0, source.paths[-1]: 0}]
+    sizes = {path: readers.stat_file(path)[1] for path in source.paths}
+    filled = [path for path, size in sizes.items() if size]
+    if not filled:
+        raise UsageError(f"`{source.paths[0]}` is empty" if len(sizes) == 1 else f"all {len(sizes)} files are empty")
+    total = sum(sizes.values())
+    looks = [_look(path, source.text) for path in {filled[0]: 0, filled[-1]: 0}]
     sample = [text for look in looks for text in look.texts]
     share = sum(look.share for look in looks)
     if not sample or not share:
@@ -70,7 +74,7 @@ def _look(path: str, text: str) -> Look:
     if kind == "parquet":
         return _look_parquet(path, text, size)
     if kind == "text":
-        return Look(texts(next(pieces([path], text)), text), size) if size < 64 * _LOOK else Look(["x" * size], size)
+        return Look(_first(path, text), size) if size < 64 * _LOOK else Look(["x" * size], size)
     if kind == "arrow":
         return _look_arrow(path, text, size)
     with open(path, "rb") as file:
@@ -79,9 +83,14 @@ def _look(path: str, text: str) -> Look:
     lines = data if len(head) == size else data[: data.rfind(b"\n") + 1]
     found = [value for value in (_text(line, text) for line in lines.splitlines()) if value is not None]
     if not found:  # one very long line, or a broken one: the reader finds out
-        found = texts(next(pieces([path], text)), text)
-        return Look(found, size)
+        return Look(_first(path, text), size)
     return Look(found, len(head) * len(lines) / max(1, len(data)))
+
+
+def _first(path: str, text: str) -> Sequence[str]:
+    """Texts of the first piece of a file, as the reader finds them; none in a file without documents."""
+    piece = next(pieces([path], text), None)
+    return texts(piece, text) if piece is not None else []
 
 
 def _text(line: bytes, text: str) -> str | None:
@@ -124,7 +133,7 @@ def _look_parquet(path: str, text: str, size: int) -> Look:
     try:
         with pq.ParquetFile(path) as file:
             if text not in file.schema_arrow.names or not file.metadata.num_rows:
-                return Look(texts(piece, text) if (piece := next(pieces([path], text), None)) else [], size)
+                return Look(_first(path, text), size)
             batch: Any = next(file.iter_batches(256, columns=[text], use_threads=False))
             found = [value or "" for value in batch.column(0).to_pylist()]
             return Look(found, size * len(found) / file.metadata.num_rows)
@@ -151,7 +160,7 @@ def _look_arrow(path: str, text: str, size: int) -> Look:
                     break
             return Look(found, source.tell())
     except (pa.ArrowException, OSError, KeyError, StopIteration, ZeroDivisionError):
-        return Look(texts(piece, text) if (piece := next(pieces([path], text), None)) else [], size)
+        return Look(_first(path, text), size)
 
 
 def _megatron(source: Source) -> SourceFacts:
@@ -175,7 +184,7 @@ def _bytes_per_token(sample: Sequence[str], tokenizer: Tokenizer | None) -> floa
         if sample:
             text = "\n".join(sample)[:_ENCODE]
             ids = load(tokenizer.path).encode(text, add_special_tokens=False).ids
-            return len(text.encode("utf-8", "replace")) / max(1, len(ids))
+            return max(1, len(text.encode("utf-8", "replace"))) / max(1, len(ids))
         size: int | None = vocab_size(tokenizer.path)
     else:
         size = tokenizer.vocab_size if tokenizer else None

@@ -219,6 +219,31 @@ def test_a_source_without_files_and_a_broken_first_line_are_told_before_anything
     assert any("law" in e for e in errors())
 
 
+def test_an_empty_file_is_named_with_its_source(project: Path) -> None:
+    (project / "data" / "law.jsonl").write_text("")
+    assert errors()[0] == f"source `law`: `{project}/data/law.jsonl` is empty"
+    (project / "data" / "second.jsonl").write_text("")
+    assert errors("sources.law.paths=[data/law.jsonl,data/second.jsonl]")[0] == "source `law`: all 2 files are empty"
+
+
+def test_an_empty_file_among_others_and_one_without_text_are_no_surprise(project: Path) -> None:
+    (project / "data" / "a.jsonl").write_text("")
+    assert plan("sources.law.paths=[data/a.jsonl,data/law.jsonl]").sources["law"].facts is not None
+    for content in ("\n", '{"text": ""}\n', '{"text": " "}\n' * 3):
+        (project / "data" / "law.jsonl").write_text(content)
+        try:
+            plan()
+        except CptError as error:
+            assert "law" in error.message
+
+
+@pytest.mark.parametrize("key", ["runs", "cache"])
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "data/law.jsonl", "data/law.jsonl/x"])
+def test_a_folder_that_cannot_be_written_is_refused_by_its_key(project: Path, key: str, folder: str) -> None:
+    assert errors(f"{key}={folder}")[0].startswith(f"cannot write the `{key}` folder `{(project / folder).resolve()}`")
+    assert not (project / "runs").exists()
+
+
 def test_a_scratch_run_needs_a_model_and_a_tokenizer(project: Path) -> None:
     found = errors("base=scratch", "stages.domain.keep=[]")
     assert any("tokenizer" in e for e in found), found
