@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpt.base.errors import UsageError
 from cpt.base.events import stage_events
 from cpt.checkpoint import manifest, store
 from cpt.checkpoint.manifest import Manifest
 from cpt.evaluate import measurements
-from cpt.plan.types import RunPlan, StagePlan
+from cpt.plan.types import RunPlan, StagePlan, Train
 from cpt.report import show
 from cpt.report.runs import find_run, run_of
 from cpt.report.sections import asked
+from cpt.schedules.join import points
 from cpt.stages import state
 from cpt.stages.attempt import read_plan
 
@@ -39,9 +40,10 @@ class Link:
     tokens: int | None = None  # of the stage
     mixture: Mapping[str, float] = field(default_factory=dict)  # share of all tokens, replay named apart
     schedule: str = ""
-    lr: tuple[float, float, float] | None = None  # planned: first, highest and last of the stage
+    lr: tuple[float, float, float] | None = None  # planned: first, highest and last up to this step
     last_lr: float | None = None  # that the optimizer ended on
-    losses: Mapping[str, float] = field(default_factory=dict)  # validation, newest at this step [nats/token]
+    losses: Mapping[str, float] = field(default_factory=dict)  # validation, of exactly this checkpoint [nats/token]
+    measured_by: str = ""  # the stage that measured them at its start, when it was not the checkpoint's own
     phase: str = ""
     identity: str = ""
     created: float | None = None  # [unix seconds]
@@ -80,6 +82,7 @@ def chain(checkpoint: Path) -> list[Link]:
         links.append(Link(kind="export", path=str(checkpoint), stage=exported[0], run=exported[1]))
         checkpoint = exported[2]
     wanted: str | None = None
+    child: _Child | None = None
     seen: set[Path] = set()
     while len(links) < LONGEST:
         checkpoint = checkpoint.resolve()
@@ -93,13 +96,14 @@ def chain(checkpoint: Path) -> list[Link]:
                 raise
             links.append(Link(kind="gone", path=str(checkpoint), identity=wanted or "", note=error.message))
             return links
-        links.append(_link(checkpoint, found, wanted))
+        links.append(_link(checkpoint, found, wanted, child))
+        child = _Child(checkpoint, found)
         parent = found.origin.parent
         if not parent:
             links.append(Link(kind="scratch", path=None))
             return links
         path, wanted = str(parent.get("path") or ""), str(parent.get("identity") or "")
-        following = _following(Path(path), wanted)
+        following = _following(Path(path), wanted, child)
         if following is not None:
             links.append(following)
             return links
@@ -107,18 +111,40 @@ def chain(checkpoint: Path) -> list[Link]:
     return links
 
 
-def _following(path: Path, identity: str) -> Link | None:
+@dataclass(frozen=True)
+class _Child:
+    """The link that started from the one that is looked at."""
+
+    path: Path
+    found: Manifest
+
+    @property
+    def stage(self) -> str:
+        return self.found.origin.stage
+
+    def start(self) -> dict[str, float]:
+        """What the stage measured before its first step, by source [nats/token]: the losses of its parent."""
+        plan = _plan(run_of(self.path))
+        stage = plan.stages.get(self.stage) if plan else None
+        if stage is None or stage.fingerprint != self.found.origin.fingerprint:
+            return {}
+        return _losses(self.path, "start")
+
+
+def _following(path: Path, identity: str, child: _Child) -> Link | None:
     """The last link, when a parent is no checkpoint of ours; None when the chain goes on."""
     if not path.is_dir():
         return Link(kind="gone", path=str(path), identity=identity, note="the folder is not there any more")
     if (path / manifest.NAME).is_file():
         return None
     if (path / "config.json").is_file():
-        return Link(kind="base", path=str(path), identity=identity)
+        losses = child.start()
+        by = child.stage if losses else ""
+        return Link(kind="base", path=str(path), identity=identity, losses=losses, measured_by=by)
     return Link(kind="gone", path=str(path), identity=identity, note="the folder holds no checkpoint any more")
 
 
-def _link(path: Path, found: Manifest, wanted: str | None) -> Link:
+def _link(path: Path, found: Manifest, wanted: str | None, child: _Child | None) -> Link:
     progress = found.progress
     said = progress.get("lr")
     last = said.get("last") if isinstance(said, dict) else None
@@ -127,7 +153,11 @@ def _link(path: Path, found: Manifest, wanted: str | None) -> Link:
     stage = plan.stages.get(found.origin.stage) if plan else None
     # A folder may have been used for another plan since (`--accept-changes`): then the manifest is all there is.
     train = stage.train if stage and stage.fingerprint == found.origin.fingerprint else None
-    changed = wanted and wanted != found.identity
+    changed = bool(wanted) and wanted != found.identity
+    losses, by = _losses(path, found.step) if train else {}, ""
+    if not losses and child is not None and not changed:
+        losses = child.start()
+        by = child.stage if losses else ""
     return Link(
         kind="stage",
         path=str(path),
@@ -138,9 +168,10 @@ def _link(path: Path, found: Manifest, wanted: str | None) -> Link:
         tokens=found.tokens,
         mixture=asked(train) if train else {},
         schedule=train.lr.schedule if train else "",
-        lr=train.lr.points if train else None,
+        lr=_lr(train, found.step) if train else None,
         last_lr=float(last) if isinstance(last, int | float) else None,
-        losses=_losses(path, found.step) if train else {},
+        losses=losses,
+        measured_by=by,
         phase=found.phase,
         identity=found.identity,
         created=found.created or None,
@@ -157,11 +188,19 @@ def _plan(run: Path | None) -> RunPlan | None:
         return None
 
 
-def _losses(checkpoint: Path, step: int) -> dict[str, float]:
-    """The newest validation losses of the checkpoint's stage at or before its step."""
-    stage_dir = checkpoint.parent.parent
-    before = [m for m in measurements(stage_events(stage_dir)) if m.step <= step]
-    return {domain: loss.loss for domain, loss in before[-1].losses.items()} if before else {}
+def _lr(train: Train, step: int) -> tuple[float, float, float]:
+    """First, highest and last lr of a stage up to a checkpoint: a fork leaves it before its last decay."""
+    return train.lr.points if step >= train.steps else points(train.lr, max(1, step))
+
+
+def _losses(checkpoint: Path, at: int | Literal["start"]) -> dict[str, float]:
+    """The validation losses of the checkpoint's stage at exactly this step, or before its first one; empty = none."""
+    found = [
+        m
+        for m in measurements(stage_events(checkpoint.parent.parent))
+        if (m.when == "start" if at == "start" else m.when != "start" and m.step == at)
+    ]
+    return {source: loss.loss for source, loss in found[-1].losses.items()} if found else {}
 
 
 def _exported_from(folder: Path) -> tuple[str, str, Path] | None:
@@ -209,7 +248,7 @@ def _head(link: Link) -> str:
         return f"{name}{run} · step {link.step or 0:,} · {show.show_count(link.tokens or 0)} tokens"
     return {
         "export": f"{name}{run} · export",
-        "base": "base model",
+        "base": f"base model {show.plain(Path(link.path or '').name, 60)}".rstrip(),
         "scratch": "random initial weights",
         "gone": "a parent that cannot be read",
     }[link.kind]
@@ -224,7 +263,11 @@ def _details(link: Link) -> list[str]:
     elif link.last_lr is not None:
         found.append(f"lr       ended on {show.lr(link.last_lr)}")
     if link.losses:
-        found.append("loss     " + ", ".join(f"{show.plain(d, 60)} {show.loss(x)}" for d, x in link.losses.items()))
+        by = f" (measured at the start of `{show.plain(link.measured_by, 60)}`)" if link.measured_by else ""
+        each = ", ".join(f"{show.plain(source, 60)} {show.loss(x)}" for source, x in link.losses.items())
+        found.append(f"loss     {each} nats/token{by}")
+    elif link.kind == "stage":
+        found.append("loss     not measured at this step")
     if link.path:
         found.append(f"folder   {show.plain(link.path, 300)}")
     if link.phase and link.phase != "end":

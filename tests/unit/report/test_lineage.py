@@ -10,6 +10,7 @@ from cpt.checkpoint import manifest
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.plan.types import Parallel
 from cpt.report.lineage import chain, find, lineage_text
+from cpt.schedules import curve
 from tests import made_run
 
 
@@ -117,3 +118,28 @@ def test_the_text_shows_tokens_mixture_lrs_and_losses(run):
     assert "mixture  medical 70.0 %, general (replay) 30.0 %" in text
     assert "lr       5.0e-04 → 1.0e-03 → 5.0e-04 (infinite)" in text
     assert "random initial weights" in text
+
+
+def test_a_fork_shows_the_losses_and_the_lr_at_the_fork_and_none_of_another_step(run):
+    shutil.rmtree(run / "stages" / "domain" / "checkpoints")
+    shutil.rmtree(run / "stages" / "anneal" / "checkpoints")
+    _, fork = checkpoint(run, "base", 131, None)  # between the evaluations at steps 120 and 140
+    child, _ = checkpoint(run, "domain", 120, fork)
+    link = chain(child)[1]
+    assert link.losses["general"] == made_run.loss_of("domain", 0, 0.0) and link.measured_by == "domain"
+    train = made_run.plan(run).stages["base"].train
+    assert link.lr[-1] == curve(train.lr)(130) > train.lr.points[-1]
+    text = lineage_text(chain(child))
+    assert "loss     general 3.658, medical 5.217 nats/token (measured at the start of `domain`)" in text
+    alone = chain(run / "stages" / "base" / "checkpoints" / "iter_0000131")
+    assert alone[0].losses == {} and "loss     not measured at this step" in lineage_text(alone)
+
+
+def test_the_base_has_a_heading_and_the_losses_it_was_measured_with(run, tmp_path):
+    base = tmp_path / "base-1b"
+    base.mkdir()
+    write_json(base / "config.json", {"model_type": "llama"})
+    shutil.rmtree(run / "stages" / "base" / "checkpoints")
+    folder, _ = checkpoint(run, "base", 150, {"path": str(base), "identity": "abc"})
+    text = lineage_text(chain(folder))
+    assert "base model base-1b\n    loss     general 8.300, medical 8.300 nats/token (measured at the start" in text
