@@ -49,11 +49,16 @@ class Row:
     stage: str | None
     losses: Mapping[str, Loss]
     provisional: bool = False  # the stage is not finished: its newest measurement so far
+    at: int | str | None = None  # a step or `pre_anneal`: where the next stage of the chain left this one; None = end
+    what: str = ""  # of a row beside the chain: what it measures
 
     @property
     def label(self) -> str:
         """For a table's head."""
-        return "start" if self.stage is None else self.stage + (" so far" if self.provisional else "")
+        if self.stage is None:
+            return "start"
+        at = f"@{self.at}" if self.at is not None else ""
+        return f"{self.stage}{at}{' so far' if self.provisional else ''}{f' ({self.what})' if self.what else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +106,15 @@ class Account:
     matrix: Matrix | None
     problem: str | None  # why there is no matrix, for people
     gaps: Mapping[str, Mapping[str, Gap]]  # by stage and domain
+    beside: tuple[Row, ...] = ()  # measured too, but no link of the chain: releases, other branches, evaluate stages
 
     @property
     def before(self) -> str:
         """What changes count from, for people."""
         row = self.rows[self.compared_with] if self.rows else None
-        return "the untouched start" if row is None or row.stage is None else f"the end of `{row.stage}`"
+        if row is None or row.stage is None:
+            return "the untouched start"
+        return f"the end of `{row.stage}`" if row.at is None else f"`{row.label}`"
 
 
 def measurements(events: Iterable[Event]) -> list[Measurement]:
@@ -156,17 +164,18 @@ def account(plan: RunPlan, homes: Mapping[str, Path], stage: str | None = None) 
     measured = {
         name: measurements(stage_events(homes[name]))
         for name, part in plan.stages.items()
-        if part.kind == "train" and name in homes
+        if part.kind in ("train", "evaluate") and name in homes
     }
     if stage is None:
-        done = [name for name, found in measured.items() if found]
+        done = [name for name, found in measured.items() if found and plan.stages[name].kind == "train"]
         if not done:
-            return _nothing("nothing has been measured yet")
+            return _nothing("nothing has been measured yet", _beside(plan, (), measured))
         stage = done[-1]
     chain = chain_of(plan, stage)
     rows = _rows(plan, chain, measured)
+    beside = _beside(plan, chain, measured)
     if not rows:
-        return _nothing("nothing has been measured yet")
+        return _nothing("nothing has been measured yet", beside)
     from_scratch = plan.base.kind == "scratch" and plan.stages[chain[0]].parent in (None, "base")
     made_base = [i for i, row in enumerate(rows[:-1]) if row.stage == chain[0]]
     compared = made_base[0] if from_scratch and made_base else 0
@@ -179,11 +188,30 @@ def account(plan: RunPlan, homes: Mapping[str, Path], stage: str | None = None) 
         matrix=matrix,
         problem=problem,
         gaps=_gaps(chain, rows, measured, compared),
+        beside=beside,
     )
 
 
-def _nothing(problem: str) -> Account:
-    return Account(chain=(), rows=(), compared_with=0, changes=(), matrix=None, problem=problem, gaps={})
+def _nothing(problem: str, beside: tuple[Row, ...]) -> Account:
+    return Account(chain=(), rows=(), compared_with=0, changes=(), matrix=None, problem=problem, gaps={}, beside=beside)
+
+
+def _beside(plan: RunPlan, chain: Sequence[str], measured: Mapping[str, list[Measurement]]) -> tuple[Row, ...]:
+    """What was measured at an end that is no link of the chain, in the order of the plan."""
+    rows = []
+    for name, found in measured.items():
+        ends = [m for m in found if m.when == "end"]
+        in_chain = name in chain and _left_at(plan, chain, chain.index(name)) is None
+        if not ends or in_chain:
+            continue
+        part = plan.stages[name]
+        if part.kind == "evaluate":
+            at = f"@{part.parent_at}" if part.parent_at is not None else ""
+            what = f"measures {part.parent or 'base'}{at}"
+        else:
+            what = "its end, a release" if name in chain else "its end, another branch"
+        rows.append(Row(stage=name, losses=ends[-1].losses, what=what))
+    return tuple(rows)
 
 
 def _rows(plan: RunPlan, chain: Sequence[str], measured: Mapping[str, list[Measurement]]) -> list[Row]:
@@ -200,7 +228,9 @@ def _rows(plan: RunPlan, chain: Sequence[str], measured: Mapping[str, list[Measu
             later, wanted = forked or later, bool(forked)
         if not later:
             break
-        rows.append(Row(stage=name, losses=later[-1].losses, provisional=later[-1].when != "end" and not wanted))
+        provisional = later[-1].when != "end" and not wanted
+        at = plan.stages[chain[i + 1]].parent_at if leaves_at is not None else None
+        rows.append(Row(stage=name, losses=later[-1].losses, provisional=provisional, at=at))
     return rows
 
 

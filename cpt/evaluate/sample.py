@@ -60,10 +60,9 @@ def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
     from cpt.data.tokenizer import tokenizer_hash, tokenizer_json
 
     path = Path(path)
-    if (path / "hf" / "config.json").is_file():  # a convert stage
-        path = path / "hf"
-    if (path / "config.json").is_file() and not (path / manifest.NAME).is_file():
-        return Found(path, "hf", tokenizer_json(tokenizer if tokenizer is not None else path))
+    exported = store.hugging_face(path)
+    if exported is not None:
+        return Found(exported, "hf", tokenizer_json(tokenizer if tokenizer is not None else exported))
     folder = store.resolve(path)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(folder)

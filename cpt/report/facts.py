@@ -29,10 +29,15 @@ def report_json(run_dir: Path) -> dict[str, Any]:
         "losses": [
             {
                 "after": row.stage,
+                "at": row.at,
                 "provisional": row.provisional,
                 "losses": {d: asdict(x) for d, x in row.losses.items()},
             }
             for row in account.rows
+        ],
+        "also_measured": [
+            {"after": row.stage, "what": row.what, "losses": {d: asdict(x) for d, x in row.losses.items()}}
+            for row in account.beside
         ],
         "changes": [
             {

@@ -226,15 +226,17 @@ def _facts(run: RunHistory) -> list[tuple[str, str]]:
 def _matrix(run: RunHistory) -> dict[str, Any] | None:
     """Losses after each stage, each with its change against the row that changes count from."""
     account = run.account
-    if not account.rows:
+    shown = [*account.rows, *account.beside]
+    if not shown:
         return None
-    domains = list(dict.fromkeys(d for row in account.rows for d in row.losses))
-    base = account.rows[account.compared_with]
+    measured = dict.fromkeys(d for row in shown for d in row.losses)
+    domains = [*(d for d in run.plan.sources if d in measured), *(d for d in measured if d not in run.plan.sources)]
+    base = account.rows[account.compared_with].losses if account.rows else {}
     rows = []
-    for i, row in enumerate(account.rows):
+    for i, row in enumerate(shown):
         cells = []
         for d in domains:
-            loss, first = row.losses.get(d), base.losses.get(d)
+            loss, first = row.losses.get(d), base.get(d)
             moved = loss.loss - first.loss if loss and first and i > account.compared_with else None
             noise = 2 * max(loss.stderr, first.stderr) if loss and first else 0.0
             way = "" if moved is None or abs(moved) <= max(noise, 0.0005) else "up" if moved > 0 else "down"

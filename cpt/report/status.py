@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class StageStatus:
     reason: str
     held_by: str | None  # the live process that works on it
     reused_from: str | None  # stage folder of another run
+    losses: Mapping[str, float] = field(default_factory=dict)  # newest validation losses, by source [nats/token]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
         reason=said.reason,
         held_by=holder.text() if holder else None,
         reused_from=said.reference,
+        losses=dict(now.losses),
     ), now
 
 
@@ -172,6 +174,9 @@ def status_text(status: RunStatus, now: float) -> str:
     notes = []
     for s in status.stages:
         name = show.plain(s.name, 40)
+        if s.kind == "evaluate" and s.losses:
+            each = ", ".join(f"{show.plain(source, 40)} {show.loss(loss)}" for source, loss in s.losses.items())
+            notes.append(f"{name}: validation loss {each} nats/token")
         if s.reused_from:
             notes.append(f"{name}: result of `{show.plain(s.reused_from)}` is used")
         if s.held_by:

@@ -20,7 +20,8 @@ def final_table(run_dir: str | Path) -> str:
 def table(account: Account) -> str:
     """An account as text."""
     if not account.changes:
-        return f"nothing to compare: {account.problem or 'only one measurement so far'}\n"
+        lines = [f"nothing to compare: {account.problem or 'only one measurement so far'}"]
+        return "\n".join([*lines, *_beside(account)]) + "\n"
     last = account.rows[-1]
     lines = [f"validation loss after `{last.label}`, against {account.before}", ""]
     head = ["domain", "", "before", "after", "nats/token", "bits/byte", ""]
@@ -40,7 +41,20 @@ def table(account: Account) -> str:
     measures = summary(account)
     if measures:
         lines += ["", *aligned([[name, value] for name, value, _ in measures])]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_beside(account)]) + "\n"
+
+
+def _beside(account: Account) -> list[str]:
+    """Losses that were measured but are no link of the chain: evaluate stages, releases, other branches."""
+    if not account.beside:
+        return []
+    sources = list(dict.fromkeys(source for row in account.beside for source in row.losses))
+    rows = [
+        [show.plain(row.label, 80), *(show.loss(x.loss if (x := row.losses.get(s)) else None) for s in sources)]
+        for row in account.beside
+    ]
+    head = ["also measured [nats/token]", *(show.plain(s, 32) for s in sources)]
+    return ["", *aligned([head, *rows], right=range(1, len(head)))]
 
 
 def summary(account: Account) -> list[tuple[str, str, str]]:

@@ -77,6 +77,63 @@ def test_a_fork_before_the_parents_anneal_is_compared_with_that_step(tmp_path):
     result = account(replace(plan, stages={**plan.stages, "domain": forked}), homes)
     assert result.rows[1].losses["general"].loss == loss_of("base", 0, 100 / 150)
     assert not result.rows[1].provisional
+    assert [row.label for row in result.rows] == ["start", "base@100", "domain", "anneal"]
+    assert result.before == "`base@100`"
+    # The parent's own end is shown too, but the maths goes over the chain.
+    (release,) = result.beside
+    assert release.label == "base (its end, a release)"
+    assert release.losses["general"].loss == loss_of("base", 0, 1)
+    assert result.matrix.stages == ("domain", "anneal")
+
+
+def evaluated(tmp_path):
+    """The made run with an evaluate stage that measured the end of `domain`."""
+    from cpt.base.files import write_json
+    from cpt.plan.types import StagePlan, to_json
+
+    run = made_run.make(tmp_path)
+    plan, _ = read(run)
+    from dataclasses import replace
+
+    stage = StagePlan(name="ev", kind="evaluate", parent="domain")
+    write_json(run / "plan.json", to_json(replace(plan, stages={**plan.stages, "ev": stage})))
+    folder = run / "stages" / "ev" / "attempt_1"
+    folder.mkdir(parents=True)
+    made_run._append(folder / "events.jsonl", [made_run._eval("domain", made_run.NAMES, 0, "end", 0.9, made_run.START)])
+    write_json(folder.parent / "state.json", {"status": "done", "attempt": 1, "updated": made_run.START})
+    return run
+
+
+def test_what_an_evaluate_stage_measured_is_shown_and_changes_no_account(tmp_path):
+    run = evaluated(tmp_path)
+    result = account(*read(run))
+    assert result.chain == ("base", "domain", "anneal") and len(result.rows) == 4
+    assert [row.label for row in result.beside] == ["ev (measures domain)"]
+
+    from cpt.report.facts import report_json
+    from cpt.report.page import write_page
+    from cpt.report.status import read_status, status_text
+    from cpt.report.table import final_table
+
+    loss = f"{loss_of('domain', 1, 0.9):.3f}"
+    line = next(line for line in final_table(run).splitlines() if line.startswith("ev (measures domain)"))
+    assert line.split()[-1] == loss
+    page = write_page(run).read_text()
+    assert "ev (measures domain)" in page and loss in page
+    assert report_json(run)["also_measured"][0]["after"] == "ev"
+    assert f"medical {loss} nats/token" in status_text(read_status(run), made_run.START)
+
+
+def test_a_run_that_only_evaluates_still_shows_what_it_measured(tmp_path):
+    import shutil
+
+    from cpt.report.page import write_page
+    from cpt.report.table import final_table
+
+    run = evaluated(tmp_path)
+    for name in ("base", "domain", "anneal"):
+        shutil.rmtree(run / "stages" / name)
+    assert "ev (measures domain)" in final_table(run) and "ev (measures domain)" in write_page(run).read_text()
 
 
 def test_a_damaged_measurement_is_passed_over():
