@@ -29,7 +29,18 @@ from cpt.plan.types import Retain, Saving
 if TYPE_CHECKING:
     from cpt.engine.ports import Engine, Progress
 
-__all__ = ["StageStore", "folder_name", "is_whole", "newest_whole", "resolve", "steps", "to_remove", "why_not_whole"]
+__all__ = [
+    "StageStore",
+    "checkpoint_folders",
+    "folder_name",
+    "hugging_face",
+    "is_whole",
+    "newest_whole",
+    "resolve",
+    "steps",
+    "to_remove",
+    "why_not_whole",
+]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
@@ -93,20 +104,50 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             return found
     if skipped:
         raise UsageError(f"`{path}` holds no whole checkpoint", *(f"`{p}`: {why}" for p, why in skipped[:3]))
-    raise UsageError(f"`{path}` holds no checkpoint", "give a run, a stage or an `iter_*` folder")
+    raise UsageError(
+        f"`{path}` holds no checkpoint", "give a run, a stage, an `iter_*` folder or a Hugging Face folder"
+    )
 
 
 def checkpoint_folders(path: str | os.PathLike[str]) -> list[Path]:
-    """The folders of checkpoints under a run, stage or checkpoints folder; of a run the last stage first."""
+    """The folders of checkpoints under a run, stage or checkpoints folder; of a run what it trained last comes first.
+
+    A stage whose result is taken from another run leads there. Stages that only convert come after all that train:
+    what they hold may be the base model.
+    """
     path = Path(path)
     if (path / "stages").is_dir():
-        order: list[str] = []
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            order = list(read_json(path / "plan.json")["stages"])
+        kinds: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            plan = read_json(path / "plan.json")
+            kinds = {name: stage.get("kind", "train") for name, stage in plan["stages"].items()}
+        order = list(kinds)
         stages = [p for p in (path / "stages").iterdir() if p.is_dir()]
-        stages.sort(key=lambda p: (order.index(p.name) if p.name in order else -1, p.name), reverse=True)
-        return [p / "checkpoints" for p in stages]
+        stages.sort(
+            key=lambda p: (kinds.get(p.name) == "train", order.index(p.name) if p.name in kinds else -1, p.name),
+            reverse=True,
+        )
+        return [stage_home(p) / "checkpoints" for p in stages]
+    path = stage_home(path)
     return [path / "checkpoints"] if (path / "checkpoints").is_dir() else [path]
+
+
+def stage_home(stage_dir: Path) -> Path:
+    """The folder that holds a stage's results: its own, or by `state.json` that of the run it takes them from."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        reference = read_json(stage_dir / "state.json")["reference"]
+        if isinstance(reference, str) and reference:
+            return Path(reference)
+    return stage_dir
+
+
+def hugging_face(path: str | os.PathLike[str]) -> Path | None:
+    """The Hugging Face folder that a path is, or that an export's stage folder holds; None for anything else."""
+    path = Path(path)
+    for folder in (path, stage_home(path) / "hf"):
+        if (folder / "config.json").is_file() and not (folder / manifests.NAME).is_file():
+            return folder
+    return None
 
 
 def to_remove(kept: Sequence[Manifest], retain: Retain, keep_steps: Sequence[int] = ()) -> list[int]:

@@ -13,7 +13,7 @@ from cpt.cli.flags import Json, note, result_json
 
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="`iter_*` folder, stage, run, or Hugging Face folder.")
+        str, typer.Argument(metavar="CKPT", help="`iter_*` folder, stage, run, its name, or Hugging Face folder.")
     ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to continue.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="At most so many tokens.")] = 64,
@@ -26,11 +26,12 @@ def command(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Print a continuation of TEXT, as it is made. Of a run or stage the newest whole checkpoint is used."""
+    """Print a continuation of TEXT, as it is made. Of a run the last trained stage is used, its newest checkpoint."""
+    from cpt.cli.where import place
     from cpt.evaluate import sample
 
     options = sample.Sampling(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, ignore_eos=ignore_eos)
-    found = sample.find(checkpoint, tokenizer)
+    found = sample.find(place(checkpoint), tokenizer)
     if str(found.folder) != os.path.normpath(checkpoint):
         note(f"using `{found.folder}`")
     model = sample.Model(found)

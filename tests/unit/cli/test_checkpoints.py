@@ -1,0 +1,79 @@
+"""Which checkpoint `cpt ckpt` and `cpt sample` take for a word, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpt.base.files import write_json
+from cpt.checkpoint import store
+from cpt.evaluate import sample
+from tests.command import cpt, write_base
+from tests.unit.checkpoint.test_store import a_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose `base` is that of a sibling, with a trained stage and a native copy of the base after it."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    sibling = runs / "demo-1" / "stages" / "first"
+    a_checkpoint(sibling / "checkpoints", 7, "end")
+    run = runs / "demo-2"
+    write_json(run / "stages" / "first" / "state.json", {"status": "done", "reference": str(sibling)})
+    a_checkpoint(run / "stages" / "second" / "checkpoints", 9, "end")
+    a_checkpoint(run / "stages" / "nat" / "checkpoints", 0, "end")
+    write_base(run / "stages" / "export" / "hf")
+    kinds = {"first": "train", "second": "train", "nat": "convert", "export": "convert"}
+    write_json(run / "plan.json", {"stages": {name: {"kind": kind} for name, kind in kinds.items()}})
+    write_json(runs / "demo-1" / "plan.json", {"stages": {"first": {"kind": "train"}}})
+    return run
+
+
+def test_of_a_run_the_stage_that_trained_last_counts_and_not_a_copy_of_the_base(run: Path) -> None:
+    assert store.resolve(run) == run / "stages" / "second" / "checkpoints" / "iter_0000009"
+    (run / "stages" / "second" / "checkpoints").rename(run / "gone")
+    sibling = run.parent / "demo-1" / "stages" / "first"
+    assert store.resolve(run) == sibling / "checkpoints" / "iter_0000007"
+    assert store.resolve(run / "stages" / "first") == sibling / "checkpoints" / "iter_0000007"
+
+
+def test_a_list_names_the_run_that_a_stage_is_taken_from(run: Path) -> None:
+    ended = cpt("ckpt", "list", "demo-2")
+    assert ended.code == 0
+    rows = ended.out.splitlines()[1:]
+    assert [row.split()[1] for row in rows] == ["0", "7", "9"]
+    assert [row.endswith("(in demo-1)") for row in rows] == [False, True, False]
+    rows = json.loads(cpt("ckpt", "list", "demo-2/stages/first", "--json").out)
+    assert [(row["step"], row["in_run"]) for row in rows] == [(7, "demo-1")]
+    assert cpt("ckpt", "list", "demo-2/stages/second").out.count("(in ") == 0
+
+
+@pytest.mark.parametrize("words", [["ckpt", "list"], ["ckpt", "show"], ["ckpt", "verify"]])
+def test_a_run_is_found_by_its_name(words: list[str], run: Path) -> None:
+    ended = cpt(*words, "demo-2")
+    assert ended.code in (0, 1) and ended.err == "" and "iter_0000009" in ended.out
+    for arguments in ([*words, "demo-3"], ["sample", "demo-3", "The"]):
+        ended = cpt(*arguments)
+        assert ended.code == 2 and ended.err.startswith("error: there is no run `demo-3`\n\nhint: did you mean `demo-")
+
+
+def test_a_hugging_face_folder_is_told_as_what_it_is(run: Path) -> None:
+    export = run / "stages" / "export"
+    for path in (export, export / "hf"):
+        shown = cpt("ckpt", "show", str(path))
+        assert shown.code == 0 and "a Hugging Face folder" in shown.out and "llama" in shown.out
+        assert "model.safetensors" in shown.out
+        for words in ("list", "verify"):
+            ended = cpt("ckpt", words, str(path))
+            assert ended.code == 2 and "is a Hugging Face folder" in ended.err and "cpt ckpt show" in ended.err
+        assert sample.find(path).folder == export / "hf"
+    value = json.loads(cpt("ckpt", "show", str(export), "--json").out)
+    assert value["kind"] == "hf" and value["model"]["num_layers"] == 4 and value["files"]["model.safetensors"] == 10
+
+
+def test_what_is_neither_is_told_what_would_do(tmp_path: Path) -> None:
+    ended = cpt("ckpt", "show", str(tmp_path))
+    assert ended.code == 2 and "hint: give a run, a stage, an `iter_*` folder or a Hugging Face folder" in ended.err
