@@ -236,7 +236,7 @@ def _stages(
     devices = launcher.num_devices() if launcher is not None else None
     below = work.values.get("train") or {}
     saving = work.values.get("checkpoint") or {}
-    measured = tuple(n for n, s in sources.items() if s.valid > 0 or s.valid_paths)
+    measured = tuple(n for n, s in sources.items() if (s.valid > 0 or s.valid_paths) and not check.nothing_held_out(s))
     built: dict[str, StagePlan] = {}
     outside: dict[str, bases.Checkpoint] = {}
     for name, parent in order.items():

@@ -62,7 +62,7 @@ def _size(source: Source) -> tuple[int, int, list[str]]:
     looks = [_look(path, source.text) for path in {filled[0]: 0, filled[-1]: 0}]
     sample = [text for look in looks for text in look.texts]
     share = sum(look.share for look in looks)
-    if not sample or not share:
+    if not share or (share >= total and not any(text.strip() for text in sample)):
         return 0, 0, []
     read = sum(len(text.encode("utf-8", "replace")) for text in sample)
     return int(total * read / share), max(1, round(total * len(sample) / share)), sample

@@ -93,6 +93,21 @@ def prepare(
     return Corpus.open(root / key)
 
 
+def _no_text(source: Source, documents: int, blank: int) -> UsageError:
+    """The error for a source with nothing to train on.
+
+    Args:
+        source: what was read.
+        documents: those with text, all of them held out.
+        blank: those without.
+    """
+    count = f"{documents + blank:,} document" + ("s" if documents + blank != 1 else "")
+    if documents:
+        return UsageError(f"source `{source.name}` has no text to train on: {count}, those with text all held out")
+    what = f": {count}, {'all ' if blank != 1 else ''}blank in column `{source.text}`" if blank else ": no documents"
+    return UsageError(f"source `{source.name}` has no text to train on{what}")
+
+
 class _Differs(Exception):
     """The fast encoder gave other ids than the reference."""
 
@@ -120,8 +135,10 @@ class _Builder:
         source = self.source
         paths = readers.files(source, self.cache)
         result = self._link(raw) if readers.is_megatron(paths) else self._encode_all()
-        if not result["tokens"]:
-            raise UsageError(f"source `{source.name}` has no text to train on in column `{source.text}`")
+        blank = result.pop("blank_documents", 0)
+        held_out = result["valid"]["documents"]
+        if not result["tokens"] or blank == result["documents"] + held_out:
+            raise _no_text(source, result["documents"] + held_out - blank, blank + result.get("empty_documents", 0))
         tokenizer_hash = tokenizers.tokenizer_hash(self.tokenizer)
         content = [result.pop("train_hash"), result.pop("valid_hash"), tokenizer_hash]
         files = {p.name: p.stat().st_size for p in sorted(self.folder.iterdir())}
@@ -186,7 +203,7 @@ class _Builder:
         dtype = np.dtype(task.encoding.dtype)
         train = ShardWriter(self.folder / "train", dtype)
         valid = ShardWriter(self.folder / "valid", dtype)
-        counts = dict.fromkeys(("train_bytes", "valid_bytes", "empty", "checked", "read"), 0)
+        counts = dict.fromkeys(("train_bytes", "valid_bytes", "empty", "blank", "checked", "read"), 0)
         small = SMALL if task.encoder == encode.FAST else SMALL // 8
         workers = 0 if self._text_bytes() < small else self.workers
         try:
@@ -204,6 +221,7 @@ class _Builder:
             "bytes": counts["train_bytes"],
             "valid": {"documents": valid.documents, "tokens": valid.tokens, "bytes": counts["valid_bytes"]},
             "empty_documents": counts["empty"],
+            "blank_documents": counts["blank"],
             "encoder": {"name": task.encoder, "checked": counts["checked"]},
             "train_hash": hashes[0],
             "valid_hash": hashes[1],
@@ -232,6 +250,7 @@ class _Builder:
         counts["train_bytes"] += part.train_bytes
         counts["valid_bytes"] += int(part.valid_bytes.sum())
         counts["empty"] += part.empty
+        counts["blank"] += part.blank
         counts["checked"] += part.checked
         counts["read"] += part.size
         done = min(counts["read"], self.total)

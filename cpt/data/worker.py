@@ -44,6 +44,7 @@ class Encoded:
     checked: int
     differ: int
     size: int  # of the piece
+    blank: int = 0  # documents of white space only
 
 
 class Tokeniser:
@@ -75,12 +76,13 @@ class Tokeniser:
         valid: list[str] = []
         valid_bytes: list[int] = []
         check: list[str] = []
-        train_bytes = empty = 0
+        train_bytes = empty = blank = 0
         least = 1 << 64
         for raw in texts(piece, self.task.text):
             if not raw:
                 empty += 1
                 continue
+            blank += raw.isspace()
             text, data = utf8(raw)
             number = document_hash(data)
             least = min(least, number)
@@ -103,6 +105,7 @@ class Tokeniser:
             len(check),
             differ + self._broken,
             piece.size,
+            blank,
         )
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

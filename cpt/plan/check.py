@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cpt.base.errors import CptError, PlanError
 from cpt.base.registry import unknown
 from cpt.base.units import show_count
-from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
+from cpt.plan.types import ModelConfig, Parallel, RunPlan, Source, SourceFacts, StagePlan, Train
 
 MANY_PASSES = (
     4.0  # Muennighoff et al. 2023, arXiv:2305.16264: up to about 4 passes repeated text is nearly as good as new
@@ -53,6 +53,7 @@ def broken(plan: RunPlan, outside: Mapping[str, Outside], num_devices: int | Non
     for stage in plan.stages.values():
         yield from _names(plan, stage)
         yield from _start(plan, stage, outside)
+        yield from _held_out(plan, stage)
         if stage.train is not None:
             yield from _data(plan, stage.name, stage.train)
             yield from _layout(plan, stage.name, stage.train, num_devices)
@@ -152,18 +153,48 @@ def _data(plan: RunPlan, name: str, train: Train) -> Iterator[CptError]:
         facts = plan.sources[source].facts if source in plan.sources else None
         if facts is not None and facts.tokens == 0:
             yield PlanError(f"`stages.{name}.mixture` has `{source}`, which has no tokens to train on")
-    for source in train.evaluate.sources:
-        known = plan.sources.get(source)
-        if known is not None and known.valid == 0 and not known.valid_paths:
-            yield PlanError(
-                f"`stages.{name}.evaluate.sources` has `{source}`, of which nothing is held out",
-                f"`sources.{source}.valid=1%` holds out a share, `valid_paths` names files",
-            )
     if train.stop_if and train.stop_if.source in plan.sources and train.stop_if.source not in train.evaluate.sources:
         yield PlanError(
             f"`stages.{name}.stop_if.source` is `{train.stop_if.source}`, which `evaluate.sources` does not measure",
             f"add `{train.stop_if.source}` to `stages.{name}.evaluate.sources`",
         )
+
+
+def _held_out(plan: RunPlan, stage: StagePlan) -> Iterator[CptError]:
+    """Sources that are measured although nothing of them is held out."""
+    if stage.train is not None:
+        key, names = "evaluate.sources", stage.train.evaluate.sources
+    elif stage.kind == "evaluate":
+        key, names = "sources", tuple(stage.options.get("sources") or plan.sources)
+    else:
+        return
+    for name in names:
+        known = plan.sources.get(name)
+        if known is None:
+            continue
+        what = f"`stages.{stage.name}.{key}` has `{name}`"
+        if known.valid == 0 and not known.valid_paths:
+            yield PlanError(
+                f"{what}, of which nothing is held out",
+                f"`sources.{name}.valid=1%` holds out a share, `valid_paths` names files",
+            )
+        elif nothing_held_out(known) and known.facts is not None:
+            yield PlanError(
+                f"{what}, which has {few(known.facts)}: no held-out documents to measure",
+                f"leave `{name}` out there, or name files to hold out: `sources.{name}.valid_paths=...`",
+            )
+
+
+def nothing_held_out(source: Source) -> bool:
+    """Whether a prepared source has no held-out text, although some was to be held out."""
+    facts = source.facts
+    wanted = source.valid > 0 or bool(source.valid_paths)
+    return wanted and facts is not None and not facts.estimated and facts.valid_tokens == 0
+
+
+def few(facts: SourceFacts) -> str:
+    """How many documents a source trains on, in words."""
+    return f"{facts.documents:,} document" + ("s" if facts.documents != 1 else "")
 
 
 def _layout(plan: RunPlan, name: str, train: Train, num_devices: int | None) -> Iterator[CptError]:
@@ -257,7 +288,7 @@ def warnings(plan: RunPlan, lr_before: Mapping[str, float], num_devices: int | N
         lr_before: by stage, the lr of its parent at the step where it starts from it; absent = no parent with an lr.
         num_devices: of the launcher.
     """
-    found = [*_unused_sources(plan)]
+    found = [*_unused_sources(plan), *_not_measured(plan)]
     for stage in plan.stages.values():
         if stage.train is not None:
             found += [*_lr_jump(stage, stage.train, lr_before.get(stage.name))]
@@ -276,6 +307,12 @@ def _unused_sources(plan: RunPlan) -> Iterator[str]:
     for name in plan.sources:
         if name not in used:
             yield f"no stage trains on `{name}`"
+
+
+def _not_measured(plan: RunPlan) -> Iterator[str]:
+    for name, source in plan.sources.items():
+        if nothing_held_out(source) and source.facts is not None:
+            yield f"`{name}` has {few(source.facts)}: nothing of it is held out, so it is not measured"
 
 
 def _lr_jump(stage: StagePlan, train: Train, before: float | None) -> Iterator[str]:

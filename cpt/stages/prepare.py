@@ -5,6 +5,7 @@ Both go into the cache under their own identity, so that other runs find them; a
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cpt.base.errors import PlanError
 from cpt.launch.processes import num_cores
+from cpt.plan.check import few, nothing_held_out
 from cpt.plan.types import RunPlan
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
         start = time.monotonic()
         corpus = corpora.prepare(plan.sources[name], tokenizer, plan.data, plan.cache, workers, _told(report))
         folders[name] = str(corpus.folder)
+        if nothing_held_out(dataclasses.replace(plan.sources[name], facts=corpus.facts)):
+            report("note", text=f"source `{name}` has {few(corpus.facts)}: nothing of it is held out to measure")
         report("data", source=name, tokens=corpus.facts.tokens, seconds=round(time.monotonic() - start, 3), done=True)
     return Prepared(folders, str(tokenizer))
 

@@ -237,6 +237,36 @@ def test_an_empty_file_among_others_and_one_without_text_are_no_surprise(project
             assert "law" in error.message
 
 
+def prepare_data(made: RunPlan) -> list[str]:
+    """Prepare what a plan reads; the notes that are told meanwhile."""
+    from cpt.stages.prepare import prepare
+
+    notes: list[str] = []
+    prepare(made, lambda kind, **fields: notes.append(fields["text"]) if kind == "note" else None, workers=1)
+    return notes
+
+
+def test_a_source_of_one_document_is_trained_on_and_not_measured(project: Path) -> None:
+    write_corpus(project / "data" / "law.jsonl", documents=1)
+    assert any("`law` has 1 document" in note for note in prepare_data(plan()))
+    made = plan()
+    assert all(s.train is None or s.train.evaluate.sources == ("news",) for s in made.stages.values())
+    assert any(w.startswith("`law` has 1 document: nothing of it is held out") for w in build.warnings(made))
+    found = errors("+stages.domain.evaluate.sources=[law]", "+stages.look={kind: evaluate, from: base, sources: [law]}")
+    wanted = "which has 1 document: no held-out documents to measure"
+    assert found == [f"`stages.domain.evaluate.sources` has `law`, {wanted}",
+                     f"`stages.look.sources` has `law`, {wanted}"]  # fmt: skip
+
+
+def test_a_source_of_blank_documents_is_refused_before_a_run_folder_is_made(project: Path) -> None:
+    law = project / "data" / "law.jsonl"
+    law.write_text('{"text": " "}\n' * 5)
+    assert "`law`, which has no tokens" in errors()[0]
+    law.write_text('{"text": " "}\n{"text": ""}\n' * 40_000)  # too long to be looked at in full
+    with pytest.raises(CptError, match="source `law` has no text to train on: 80,000 documents, all blank in column"):
+        prepare_data(plan())
+
+
 @pytest.mark.parametrize("key", ["runs", "cache"])
 @pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "data/law.jsonl", "data/law.jsonl/x"])
 def test_a_folder_that_cannot_be_written_is_refused_by_its_key(project: Path, key: str, folder: str) -> None:

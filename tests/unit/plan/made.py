@@ -35,7 +35,9 @@ MODEL = ModelConfig(
 
 
 def source(name: str, tokens: int = 1_000_000, **changes: Any) -> Source:
-    facts = SourceFacts(tokens=tokens, documents=100, bytes=4 * tokens, estimated=False, content_hash=f"of {name}")
+    facts = SourceFacts(
+        tokens=tokens, documents=100, bytes=4 * tokens, estimated=False, content_hash=f"of {name}", valid_tokens=9
+    )
     return Source(**{"name": name, "identity": f"files of {name}", "facts": facts, **changes})
 
 
