@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, UsageError
@@ -109,6 +110,13 @@ def _flag_error(error: Exception) -> UsageError:
         known = getattr(getattr(context, "command", None), "commands", {})
         wrong = unknown("command", name, [k for k in known if k])
         message, hints = f"`{path}` has no command `{name}`", list(wrong.hints)
+    elif type(error).__name__ == "MissingParameter":
+        metavar = getattr(getattr(error, "param", None), "metavar", None) or "argument"
+        message = f"`{path}` wants {metavar}"
+        if "RUN" in metavar:
+            from cpt.report.runs import hints as runs_there
+
+            hints += runs_there("", Path("runs"))
     elif message:
         message = message[0].lower() + message[1:].replace("'", "`")
     return UsageError(message, *hints, f"`{path} --help` explains the command")

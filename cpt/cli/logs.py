@@ -9,7 +9,10 @@ import typer
 
 from cpt.cli.cancel import Run
 
-Stage = Annotated[str | None, typer.Option("--stage", "-s", help="A stage; the newest one that ran unless given.")]
+Stage = Annotated[
+    str | None,
+    typer.Option("--stage", "-s", help="A stage; unless given the one that failed, else the one that trained last."),
+]
 Attempt = Annotated[int | None, typer.Option("--attempt", help="An attempt at the stage; the newest unless given.")]
 Rank = Annotated[int | None, typer.Option("--rank", "-r", help="A rank; unless given the one that failed first, or 0.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written until the attempt ends.")]
@@ -33,7 +36,12 @@ def command(
     attempt_dir = _attempt_dir(stage_dir, attempt)
     path = _log(attempt_dir, rank)
     note(f"`{path}`")
-    _print(path, lines)
+    if not _print(path, lines):
+        who = f"rank {int(path.stem.removeprefix('rank_'))}" if path.stem.startswith("rank_") else "the launcher"
+        note(
+            f"the log of {who} of `{stage_dir.name}` is empty: "
+            f"its steps are in `cpt status {folder.name}` and `{attempt_dir / 'events.jsonl'}`"
+        )
     if follow:
         _follow(path, stage_dir, attempt_dir)
     return 0
@@ -42,16 +50,24 @@ def command(
 def _stage_dir(folder: Path, stage: str | None) -> Path:
     from cpt.base.errors import UsageError
     from cpt.base.registry import unknown
+    from cpt.stages import lock, state
     from cpt.stages.attempt import attempts, read_plan
 
-    names = list(read_plan(folder).stages)
+    plan = read_plan(folder)
+    names = list(plan.stages)
     if stage is not None and stage not in names:
         raise unknown("stage", stage, names)
     ran = [n for n in names if attempts(folder / "stages" / n)]
     if not ran:
         raise UsageError(f"no stage of run `{folder.name}` has run yet")
-    newest = max(ran, key=lambda n: attempts(folder / "stages" / n)[-1].stat().st_mtime)
-    return folder / "stages" / (stage or newest)
+    if stage is not None:
+        return folder / "stages" / stage
+
+    places = {n: folder / "stages" / n for n in ran}
+    running = [n for n in ran if lock.live_holder(places[n]) is not None]
+    failed = [n for n in ran if state.read(places[n]).status == state.FAILED]
+    trained = [n for n in ran if plan.stages[n].train is not None]
+    return places[(running or failed or trained or ran)[-1]]
 
 
 def _attempt_dir(stage_dir: Path, number: int | None) -> Path:
@@ -86,16 +102,18 @@ def _log(attempt_dir: Path, rank: int | None) -> Path:
     return path.parent / "launch.log"
 
 
-def _print(path: Path, lines: int) -> None:
+def _print(path: Path, lines: int) -> bool:
+    """Print the last lines; whether there were any."""
     import sys
 
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
-        return
+        return False
     kept = text.splitlines(keepends=True)
     sys.stdout.write("".join(kept[-lines:] if lines else kept))
     sys.stdout.flush()
+    return bool(kept)
 
 
 def _follow(path: Path, stage_dir: Path, attempt_dir: Path) -> None:

@@ -23,8 +23,8 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
             found = run_of(path)
             if found is not None:
                 return found
-            raise UsageError(f"`{path}` is not a run folder: it has no `plan.json`", *_hints("", runs))
-    raise UsageError(f"there is no run `{name}`", *_hints(Path(name).name, runs))
+            raise UsageError(f"`{path}` is not a run folder: it has no `plan.json`", *hints("", runs))
+    raise UsageError(f"there is no run `{name}`", *hints(Path(name).name, runs))
 
 
 def run_of(path: Path) -> Path | None:
@@ -42,7 +42,8 @@ def names(runs: Path) -> list[str]:
     return [name for _, name in sorted(found, reverse=True)]
 
 
-def _hints(name: str, runs: Path) -> tuple[str, ...]:
+def hints(name: str, runs: Path) -> tuple[str, ...]:
+    """What to say to somebody who named no run, or none that is there: the nearest name, else the newest runs."""
     known = names(runs)
     if not known:
         return (f"there are no runs in `{runs}`; `cpt run recipe=demo` starts one",)

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.base.errors import CptError
 from cpt.base.events import Event
 from cpt.plan.types import RunPlan
 from cpt.report import show
 from cpt.report.progress import StageNow
+from cpt.report.runs import names
 from cpt.report.table import aligned
 from cpt.stages import lock, state
 from cpt.stages.attempt import attempts, read_plan
@@ -89,7 +91,9 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
     holder = lock.live_holder(own) if own.is_dir() else None
     train = plan.stages[name].train
     done = said.status == state.DONE
-    step = now.step if now.started else said.step
+    step, tokens = now.step if now.started else said.step, now.tokens
+    if train and said.status == state.SAVED and said.step is not None:  # steps after the last save are gone
+        step, tokens = said.step, said.step * train.global_batch_size * train.seq_length
     return StageStatus(
         name=name,
         kind=plan.stages[name].kind,
@@ -97,7 +101,7 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
         attempt=max(said.attempt, now.attempt),
         step=(train.steps if done else step) if train else None,
         steps=train.steps if train else None,
-        tokens=(train.tokens if done else now.tokens) if train else None,
+        tokens=(train.tokens if done else tokens) if train else None,
         total_tokens=train.tokens if train else None,
         loss=now.loss,
         lr=now.lr,
@@ -137,6 +141,64 @@ def tail(path: Path, size: int = TAIL_BYTES) -> Iterator[Event]:
             continue
         if isinstance(event, dict):
             yield event
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLine:
+    """One run among others. `stage` is the one that is not done yet, else the last."""
+
+    name: str
+    folder: str
+    state: str  # of the stage, or "damaged"
+    stage: str | None
+    step: int | None
+    steps: int | None
+    last_event: float  # [unix seconds]
+
+
+def overview(runs: Path) -> list[RunLine]:
+    """The runs of a folder, newest first."""
+    return [_line(runs / name) for name in names(runs)]
+
+
+def _line(folder: Path) -> RunLine:
+    written = (folder / "plan.json").stat().st_mtime
+    try:
+        stages = read_status(folder).stages
+    except CptError:
+        stages = ()
+    if not stages:
+        common: dict[str, Any] = {"stage": None, "step": None, "steps": None}
+        return RunLine(name=folder.name, folder=str(folder), state="damaged", last_event=written, **common)
+    now = next((s for s in stages if s.status != state.DONE), stages[-1])
+    return RunLine(
+        name=folder.name,
+        folder=str(folder),
+        state=now.status,
+        stage=now.name,
+        step=now.step,
+        steps=now.steps,
+        last_event=max([written, *(s.last_event for s in stages if s.last_event)]),
+    )
+
+
+def overview_text(lines: list[RunLine], now: float) -> str:
+    """As a table for a terminal.
+
+    Args:
+        now: present time [unix seconds].
+    """
+    rows = [
+        [
+            show.plain(line.name, 60),
+            line.state,
+            show.plain(line.stage or show.NOTHING, 40),
+            f"{line.step or 0:,}/{line.steps:,}" if line.steps else show.NOTHING,
+            show.ago(line.last_event, now),
+        ]
+        for line in lines
+    ]
+    return "\n".join(aligned([["run", "state", "stage", "step", "last event"], *rows], right=(3,))) + "\n"
 
 
 def status_json(status: RunStatus) -> dict[str, Any]:

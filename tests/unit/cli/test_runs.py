@@ -1,0 +1,85 @@
+"""Commands that look at runs: which runs there are, and what is said when a log holds nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cpt.base.files import write_json
+from cpt.stages import state
+from tests import made_run
+from tests.command import cpt
+
+NAME = "demo-7c1e92"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run under `runs` of the working folder, with empty rank logs as good runs have them."""
+    monkeypatch.chdir(tmp_path)
+    run = made_run.make(tmp_path / "runs")
+    for stage in ("base", "domain", "anneal", "export"):
+        attempt = run / "stages" / stage / ("attempt_2" if stage == "domain" else "attempt_1")
+        (attempt / "logs").mkdir(parents=True)
+        (attempt / "logs" / "rank_0000.log").write_bytes(b"")
+    return run
+
+
+def test_status_without_a_run_lists_the_runs_newest_first(run: Path) -> None:
+    stopped = made_run.make(run.parent.parent / "other", until=("domain", 45)).rename(run.parent / "stopped")
+    os.utime(run, (1, 1))
+    damaged = run.parent / "damaged"
+    damaged.mkdir()
+    (damaged / "plan.json").write_text("{")
+    os.utime(damaged, (0, 0))
+    ended = cpt("status")
+    assert ended.code == 0 and ended.err == ""
+    rows = [line.split()[:4] for line in ended.out.splitlines()[1:]]
+    assert rows == [
+        ["stopped", "dead", "domain", "45/120"],
+        [NAME, "done", "export", "-"],
+        ["damaged", "damaged", "-", "-"],
+    ]
+    lines = json.loads(cpt("status", "--json").out)
+    assert (lines[0]["name"], lines[0]["state"], lines[0]["step"]) == (stopped.name, "dead", 45)
+
+
+def test_status_without_any_run_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = cpt("status")
+    assert ended.code == 0 and "`cpt run recipe=demo` starts one" in ended.err
+    assert json.loads(cpt("status", "--json").out) == []
+
+
+@pytest.mark.parametrize("words", [["report"], ["logs"], ["lineage"], ["cancel"], ["ckpt", "list"]])
+def test_a_command_that_lacks_its_run_names_those_that_are_there(words: list[str], run: Path) -> None:
+    ended = cpt(*words)
+    assert ended.code == 2 and "wants" in ended.err.splitlines()[0]
+    assert f"hint: runs in `runs`: `{NAME}`" in ended.err
+
+
+def test_an_empty_log_says_where_the_steps_are(run: Path) -> None:
+    ended = cpt("logs", NAME)
+    assert ended.code == 0 and ended.out == ""
+    assert "note: the log of rank 0 of `anneal` is empty" in ended.err and f"cpt status {NAME}" in ended.err
+    log = run / "stages" / "anneal" / "attempt_1" / "logs" / "rank_0000.log"
+    log.write_text("a warning\n")
+    ended = cpt("logs", NAME)
+    assert ended.out == "a warning\n" and "is empty" not in ended.err
+
+
+def test_the_log_of_the_stage_that_failed_is_shown_first(run: Path) -> None:
+    folder = run / "stages" / "base"
+    state.write(folder, state.State(status=state.FAILED, attempt=1, reason="out of memory"))
+    (folder / "attempt_1" / "logs" / "rank_0000.log").write_text("no memory\n")
+    assert cpt("logs", NAME).out == "no memory\n"
+
+
+def test_after_a_stop_without_saving_the_saved_step_is_shown(run: Path) -> None:
+    folder = run / "stages" / "anneal"
+    write_json(folder / "state.json", {"status": "saved", "attempt": 1, "step": 34, "reason": "stopped at once"})
+    stage = json.loads(cpt("status", NAME, "--json").out)["stages"][2]
+    assert (stage["status"], stage["step"], stage["tokens"]) == ("saved", 34, 34 * made_run.TOKENS_PER_STEP)
