@@ -407,18 +407,15 @@ def _finish(
     )
     facts = {
         name: check.Outside(
-            kind=c.kind, identity=c.identity, holds=c.holds, model=c.model, tokenizer_hash=c.tokenizer_hash
+            kind=c.kind,
+            identity=c.identity,
+            holds=c.holds,
+            model=c.model,
+            tokenizer_hash=c.tokenizer_hash,
+            other_tokenizer=data.fit(c.tokenizer, tokenizer) if c.kind == "hf" else None,
         )
-        for name, c in outside.items()
+        for name, c in {**outside, **({"base": checkpoint} if checkpoint is not None else {})}.items()
     }
-    if checkpoint is not None:
-        facts["base"] = check.Outside(
-            kind=checkpoint.kind,
-            identity=checkpoint.identity,
-            holds=checkpoint.holds,
-            model=checkpoint.model,
-            tokenizer_hash=checkpoint.tokenizer_hash,
-        )
     work.errors += check.broken(draft, facts, made.num_devices() if made is not None else None)
     with work.catching():
         check_memory(draft, machine.devices())
@@ -462,7 +459,16 @@ def warnings(plan: RunPlan) -> list[str]:
         before[name] = curve(parent.train.lr)(steps - 1)
     options = {k: v for k, v in plan.launcher.items() if k != "name"}
     launcher = make(LAUNCHERS.get(str(plan.launcher["name"])), options)
-    return check.warnings(plan, before, launcher.num_devices())
+    return [*_tokenizer_warnings(plan), *check.warnings(plan, before, launcher.num_devices())]
+
+
+def _tokenizer_warnings(plan: RunPlan) -> list[str]:
+    """Where the run's tokenizer is not the one beside a Hugging Face folder that a stage starts from."""
+    folders = {"base": plan.base.path if plan.base.kind == "hf" else None}
+    folders |= {n: s.parent for n, s in plan.stages.items() if s.parent not in (None, "base", *plan.stages)}
+    beside = {n: Path(f) for n, f in folders.items() if f is not None and (Path(f) / "config.json").is_file()}
+    others = {n: data.fit(f if (f / "tokenizer.json").is_file() else None, plan.tokenizer) for n, f in beside.items()}
+    return list(check.tokenizer_warnings(plan, {n: o for n, o in others.items() if o is not None}))
 
 
 __all__ = ["ROOT", "from_composed", "plan", "together", "warnings"]

@@ -12,6 +12,7 @@ from cpt.config.base import Checkpoint
 from cpt.config.kinds import AUTO
 from cpt.config.read import complete
 from cpt.config.schema import SOURCE
+from cpt.plan.check import OtherTokenizer
 from cpt.plan.types import DataOptions, Source, Tokenizer
 
 
@@ -99,6 +100,15 @@ def build_tokenizer(
         )
     file = tokenizers.tokenizer_json(place)
     return Tokenizer(path=str(file), hash=tokenizers.tokenizer_hash(file), vocab_size=tokenizers.vocab_size(file))
+
+
+def fit(beside: Path | None, tokenizer: Tokenizer) -> OtherTokenizer | None:
+    """How the run's tokenizer compares with the one beside a checkpoint; None when it is the same, or none is there."""
+    from cpt.data import tokenizer as tokenizers
+
+    if beside is None or tokenizer.path is None or tokenizers.tokenizer_hash(beside) == tokenizer.hash:
+        return None
+    return OtherTokenizer(tokenizers.vocab_size(beside), tokenizers.same_ids(beside, tokenizer.path))
 
 
 def build_data(full: Mapping[str, Any], tokenizer: Tokenizer) -> DataOptions:

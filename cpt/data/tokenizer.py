@@ -102,6 +102,13 @@ def vocab_size(path: str | Path) -> int:
     return max(_token_ids(str(file), file.stat().st_mtime_ns).values()) + 1
 
 
+def same_ids(own: str | Path, other: str | Path) -> float:
+    """The share of the tokens of `own` that have the same id in `other` [fraction]."""
+    files = tokenizer_json(own), tokenizer_json(other)
+    ids, others = (_token_ids(str(file), file.stat().st_mtime_ns) for file in files)
+    return sum(others.get(token) == number for token, number in ids.items()) / max(1, len(ids))
+
+
 @lru_cache(maxsize=8)
 def _token_ids(file: str, _mtime: int) -> dict[str, int]:
     try:

@@ -20,6 +20,22 @@ WEIGHTS_ONLY = ("weights",)
 EVERYTHING = ("weights", "optimizer", "cursor", "lr", "rng")
 
 
+SAME_IDS = 0.9  # share of a model's tokens that must keep their id in a tokenizer of another size
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """The tokenizer beside a checkpoint, when the run's is another one.
+
+    Args:
+        vocab_size: of the one beside the checkpoint.
+        same_ids: share of its tokens that have the same id in the run's tokenizer [fraction].
+    """
+
+    vocab_size: int
+    same_ids: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outside:
     """A checkpoint from outside of the run that a stage starts from, as far as rules need it."""
@@ -29,6 +45,7 @@ class Outside:
     holds: tuple[str, ...] = WEIGHTS_ONLY
     model: ModelConfig | None = None
     tokenizer_hash: str | None = None
+    other_tokenizer: OtherTokenizer | None = None
 
 
 def check(plan: RunPlan, outside: Mapping[str, Outside], num_devices: int | None = None) -> None:
@@ -68,14 +85,44 @@ def _tokenizer(plan: RunPlan, outside: Mapping[str, Outside]) -> Iterator[CptErr
             "use the tokenizer that the base model was trained with",
         )
     for name, facts in outside.items():
-        if facts.tokenizer_hash and plan.tokenizer.hash and facts.tokenizer_hash != plan.tokenizer.hash:
-            where = "the base checkpoint" if name == "base" else f"what stage `{name}` starts from"
+        other = facts.other_tokenizer
+        if other is not None and other.vocab_size != size and other.same_ids < SAME_IDS:
             yield PlanError(
-                f"{where} was trained with another tokenizer than `{plan.tokenizer.path}`",
+                f"`{plan.tokenizer.path}` has {size or 0:,} tokens, the tokenizer of "
+                f"{_whose(name)} {other.vocab_size:,}: {_same(other)}",
+                "leave `tokenizer` out to take the base's own",
+            )
+        elif facts.tokenizer_hash and plan.tokenizer.hash and facts.tokenizer_hash != plan.tokenizer.hash:
+            yield PlanError(
+                f"{_whose(name)} was trained with another tokenizer than `{plan.tokenizer.path}`",
                 "leave `tokenizer` out to take the base's own",
             )
         if name != "base" and facts.model is not None and model is not None and _shape(facts.model) != _shape(model):
             yield PlanError(f"`stages.{name}.from` holds a model of another shape than the base")
+
+
+def _whose(name: str) -> str:
+    return "the base checkpoint" if name == "base" else f"what stage `{name}` starts from"
+
+
+def _same(other: OtherTokenizer) -> str:
+    """How many ids still mean to the model what they meant, in words."""
+    return f"{other.same_ids:.0%} of the model's tokens have the same id in it"
+
+
+def tokenizer_warnings(plan: RunPlan, others: Mapping[str, OtherTokenizer]) -> Iterator[str]:
+    """Where the run's tokenizer is not the one that a checkpoint came with.
+
+    Args:
+        plan: checked.
+        others: by `base` or stage, the tokenizer beside the checkpoint that it starts from.
+    """
+    for name, other in others.items():
+        yield f"`{plan.tokenizer.path}` is not the tokenizer of {_whose(name)}: {_same(other)}"
+    size = plan.tokenizer.vocab_size
+    if plan.base.kind == "hf" and not others and plan.model is not None and size and size < plan.model.vocab_size / 2:
+        rows = plan.model.vocab_size
+        yield f"the tokenizer has {size:,} tokens, the model's vocabulary {rows:,} rows: is it the model's own?"
 
 
 def _shape(model: ModelConfig) -> tuple[object, ...]:

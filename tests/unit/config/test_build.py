@@ -267,6 +267,39 @@ def test_a_source_of_blank_documents_is_refused_before_a_run_folder_is_made(proj
         prepare_data(plan())
 
 
+def write_tokenizer(path: Path, base: Path, shift: int, size: int) -> None:
+    """The base's tokenizer with each letter's id moved on, and another number of tokens."""
+    value = json.loads((base / "tokenizer.json").read_text())
+    value["model"]["vocab"] = {"<|endoftext|>": 0} | {chr(31 + (i + shift) % 64): i for i in range(1, size)}
+    path.write_text(json.dumps(value))
+
+
+def test_a_tokenizer_of_another_size_whose_ids_mean_other_tokens_is_refused(project: Path) -> None:
+    write_tokenizer(project / "other.json", project / "base", shift=7, size=32)
+    assert errors("tokenizer=other.json") == [
+        f"`{project}/other.json` has 32 tokens, the tokenizer of the base checkpoint 64: "
+        "2% of the model's tokens have the same id in it"
+    ]
+    found = errors("tokenizer=other.json", "stages.domain.from=./base")
+    assert any("the tokenizer of what stage `domain` starts from 64" in e for e in found)
+
+
+def test_another_tokenizer_of_the_same_size_and_a_longer_one_are_warnings(project: Path) -> None:
+    write_tokenizer(project / "other.json", project / "base", shift=7, size=64)
+    warned = build.warnings(plan("tokenizer=other.json"))
+    assert any("other.json` is not the tokenizer of the base checkpoint: 2% of" in w for w in warned)
+    write_tokenizer(project / "other.json", project / "base", shift=0, size=60)
+    assert any("94% of the model's tokens" in w for w in build.warnings(plan("tokenizer=other.json")))
+    assert not any("tokenizer" in w for w in build.warnings(plan()))
+
+
+def test_a_small_tokenizer_for_a_base_that_has_none_beside_it_is_a_warning(project: Path) -> None:
+    write_tokenizer(project / "other.json", project / "base", shift=7, size=20)
+    (project / "base" / "tokenizer.json").unlink()
+    warned = build.warnings(plan("tokenizer=other.json"))
+    assert any("the tokenizer has 20 tokens, the model's vocabulary 64 rows" in w for w in warned)
+
+
 @pytest.mark.parametrize("key", ["runs", "cache"])
 @pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "data/law.jsonl", "data/law.jsonl/x"])
 def test_a_folder_that_cannot_be_written_is_refused_by_its_key(project: Path, key: str, folder: str) -> None:
