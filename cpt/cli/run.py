@@ -72,6 +72,7 @@ class Screen:
         self.quiet, self.every = quiet, every
         self.display: Display | None = None
         self.wandb: WandbSink | None = None
+        self.ended: set[str] = set()  # stages whose end the display has shown
 
     def started(self, result: Result) -> None:
         """The plan is final and the run folder is ours."""
@@ -88,12 +89,16 @@ class Screen:
         kind, stage = event.get("kind"), str(event.get("stage", ""))
         if kind == "note":
             self.line(f"note: {event.get('text')}")
+        elif kind == "stage" and stage in self.ended and event.get("status") == "done":
+            pass  # the display has just said so, with the step and the time
         elif kind == "stage":
             self.line(f"{stage}  {_status(event)}")
         elif kind == "data":
             self._data(event)
         elif self.display is not None and "attempt" in event:
             self.display.event(stage, event)
+            if kind == "stage_end":
+                self.ended.add(stage)
 
     def line(self, text: str) -> None:
         """One line, unless `--quiet`."""

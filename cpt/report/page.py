@@ -98,13 +98,14 @@ def _valid(run: RunHistory, places: dict[str, float], colours: Colours) -> Chart
             begin = [] if points[0][0] == 0 else _end_of_parent(run, name, domain)
             pieces.setdefault(domain, []).append([(x + t, loss) for t, loss in [*begin, *points]])
     series = [
-        Series(label=show.plain(d, 60), colour=colours.of(d), pieces=p, dots=True) for d, p in sorted(pieces.items())
+        Series(label=show.plain(d, 60), colour=colours.of(d), pieces=pieces[d], dots=True)
+        for d in colours.ordered(pieces)
     ]
     top, cut = _top(run, pieces)
     caption = "Held-out text, never trained on. " + (
         f"The first points lie above the picture, up to {cut:.2f}." if cut else ""
     )
-    return chart("Validation loss by domain", "nats/token", series, _spans(run, places), top=top, caption=caption)
+    return chart("Validation loss by source", "nats/token", series, _spans(run, places), top=top, caption=caption)
 
 
 def _end_of_parent(run: RunHistory, stage: str, domain: str) -> list[tuple[float, float]]:
@@ -153,8 +154,8 @@ def _train(run: RunHistory, places: dict[str, float], colours: Colours) -> Chart
         for source, points in own.items():
             pieces.setdefault(source, []).append(points)
     series = [
-        Series(label=show.plain(s, 60), colour=colours.of(s), pieces=p, dashed=s.endswith(REPLAY))
-        for s, p in sorted(pieces.items())
+        Series(label=show.plain(s, 60), colour=colours.of(s), pieces=pieces[s], dashed=s.endswith(REPLAY))
+        for s in colours.ordered(pieces)
     ]
     top, _ = _top(run, pieces)
     return chart("Training loss by source", "nats/token", series, _spans(run, places), top=top)
@@ -206,7 +207,12 @@ def _facts(run: RunHistory) -> list[tuple[str, str]]:
     for name, events in run.events.items():
         steps = [_num(e.get("tokens")) for e in events if e.get("kind") == "step"]
         given += int(max(steps, default=0)) if plan.stages[name].train else 0
-    facts = [("state", f"{done} of {len(plan.stages)} stages done")]
+    ends = [
+        f", {name} {'was ended by its guard' if s.guard else 'failed'}"
+        for name, s in run.states.items()
+        if s.status == "failed"
+    ]
+    facts = [("state", show.plain(f"{done} of {len(plan.stages)} stages done{''.join(ends)}"))]
     facts.append(
         ("tokens", f"{show.show_count(given)} of {show.show_count(sum(_tokens(s) for s in plan.stages.values()))}")
     )
@@ -217,9 +223,8 @@ def _facts(run: RunHistory) -> list[tuple[str, str]]:
     facts.append(("recipe", show.plain(plan.recipe)))
     facts.append(("plan", plan.id[:6]))
     if times:
-        facts.append(
-            ("time", f"{show.moment(min(times))}, {show.show_duration(max(times) - min(times))} to the last event")
-        )
+        facts.append(("started", show.moment(min(times))))
+        facts.append(("from the first event to the last", show.show_duration(max(times) - min(times))))
     return facts
 
 

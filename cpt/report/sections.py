@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cpt.base.events import Event
@@ -10,6 +10,7 @@ from cpt.evaluate import Account
 from cpt.plan.types import StagePlan, Train
 from cpt.report import show
 from cpt.report.history import RunHistory
+from cpt.stages.guard import guard_text
 
 REPLAY = " (replay)"
 MOST_MATTERS = 200
@@ -26,9 +27,13 @@ class Colours:
         name = source.removesuffix(REPLAY)
         return self._known.setdefault(name, len(self._known))
 
+    def ordered(self, sources: Iterable[str]) -> list[str]:
+        """Sources in the order of their colours, each before its replay; those that the plan lacks last, by name."""
+        return sorted(sorted(sources), key=lambda s: (self.of(s), s.endswith(REPLAY)))
+
 
 def loss_rows(account: Account) -> list[dict[str, Any]]:
-    """Gained and forgotten by domain, with bars whose length is the share of the largest change."""
+    """Gained and forgotten by source, with bars whose length is the share of the largest change."""
     largest = max((abs(c.nats) for c in account.changes), default=0.0) or 1.0
     return [
         {
@@ -191,10 +196,7 @@ def _matter(event: Event) -> dict[str, str] | None:
     if kind == "stop":
         return {"what": "stop", "step": at, "text": show.plain(event.get("reason", ""))}
     if kind == "guard":
-        source = show.plain(event.get("source", ""), 60)
-        values = [event.get(name) for name in ("before", "now")]
-        rose = " to ".join(show.loss(float(v)) for v in values if isinstance(v, int | float))
-        return {"what": "guard", "step": at, "text": f"the loss on `{source}` rose from {rose}"}
+        return {"what": "guard", "step": at, "text": show.plain(guard_text(event))}
     if kind == "stage_start" and event.get("resumed"):
         return {"what": "resume", "step": at, "text": f"attempt {event.get('attempt', '')} goes on"}
     return None

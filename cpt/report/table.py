@@ -1,4 +1,4 @@
-"""The table at the end of a run: what was gained and what was forgotten, by domain."""
+"""The table at the end of a run: what was gained and what was forgotten, by source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def table(account: Account) -> str:
         return "\n".join([*lines, *_beside(account)]) + "\n"
     last = account.rows[-1]
     lines = [f"validation loss after `{last.label}`, against {account.before}", ""]
-    head = ["domain", "", "before", "after", "nats/token", "bits/byte", ""]
+    head = ["source", "", "before", "after", "change", "   change", ""]
     rows = [
         [
             show.plain(c.domain, 32),
@@ -37,7 +37,7 @@ def table(account: Account) -> str:
         ]
         for c in account.changes
     ]
-    lines += aligned([head, *rows], right=(2, 3, 4, 5))
+    lines += _with_units(aligned([head, *rows], right=(2, 3, 4, 5)))
     measures = summary(account)
     if measures:
         lines += ["", *aligned([[name, value] for name, value, _ in measures])]
@@ -57,6 +57,14 @@ def _beside(account: Account) -> list[str]:
     return ["", *aligned([head, *rows], right=range(1, len(head)))]
 
 
+def _with_units(lines: list[str]) -> list[str]:
+    """The table with a line above its head: what is in nats/token and what in bits/byte."""
+    head = lines[0]
+    begin, middle = head.rindex("before"), head.index("change", head.rindex("after")) + len("change")
+    units = " nats/token ".center(middle - begin, "-")
+    return [" " * begin + units + "bits/byte".rjust(len(head) - middle), *lines]
+
+
 def summary(account: Account) -> list[tuple[str, str, str]]:
     """Measures over all domains: (name, value, what it means)."""
     found: list[tuple[str, str, str]] = []
@@ -72,7 +80,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "forgetting",
                     f"{show.change(forgetting.value)} nats/token",
-                    f"last loss minus best earlier, over {_domains(forgetting.over)} known before; above 0 = forgotten",
+                    f"last loss minus best earlier, over {_sources(forgetting.over)} known before; above 0 = forgotten",
                 )
             )
         if backward.value is not None:
@@ -80,7 +88,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "backward transfer",
                     f"{show.change(backward.value)} nats/token",
-                    f"score at the end minus right after learning, over {_domains(backward.over)}; below 0 = forgotten",
+                    f"score at the end minus right after learning, over {_sources(backward.over)}; below 0 = forgotten",
                 )
             )
         if forward.value is not None:
@@ -88,7 +96,7 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
                 (
                     "forward transfer",
                     f"{show.change(forward.value)} nats/token",
-                    f"score right before learning minus at the start, over {_domains(forward.over)}; above 0 = helped",
+                    f"score right before learning minus at the start, over {_sources(forward.over)}; above 0 = helped",
                 )
             )
         fuar = matrix.fuar()
@@ -104,8 +112,8 @@ def summary(account: Account) -> list[tuple[str, str, str]]:
     return found
 
 
-def _domains(count: int) -> str:
-    return "1 domain" if count == 1 else f"{count} domains"
+def _sources(count: int) -> str:
+    return "1 source" if count == 1 else f"{count} sources"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

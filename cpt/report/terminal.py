@@ -13,6 +13,7 @@ from cpt.base.events import Event
 from cpt.plan.types import RunPlan
 from cpt.report import show
 from cpt.report.progress import Progress, StageNow
+from cpt.stages.guard import guard_text
 
 LINES_A_STAGE = 20  # plain `step` lines in a short stage
 MOST_STEPS_BETWEEN = 100  # and at most so many steps from one to the next in a long one
@@ -66,7 +67,8 @@ def fields(now: StageNow, progress: Progress) -> dict[str, str]:
 def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
     """An event that is no step as one line, or None when it is not worth one."""
     kind, name = event.get("kind"), show.plain(stage, 60)
-    at = f" at step {event['step']:,}" if isinstance(event.get("step"), int) else ""
+    whole = now is not None and not now.steps  # a stage that makes no steps: an export, an evaluation
+    at = f" at step {event['step']:,}" if isinstance(event.get("step"), int) and not whole else ""
     if kind == "stage_start" and now is not None:
         how = f"goes on from step {now.step:,}" if event.get("resumed") else "starts"
         size = f"{now.steps:,} steps, {show.show_count(now.total)} tokens" if now.steps else ""
@@ -74,18 +76,17 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
     if kind == "eval" and now is not None:
         return f"{name}  evaluation{at}: {losses(now)}" if now.losses else None
     if kind == "save":
-        return f"{name}  saved{at} in {show.show_duration(_number(event.get('seconds')))}"
+        done = "written" if whole else "saved"
+        return f"{name}  {done}{at} in {_short(event.get('seconds'))}"
     if kind == "warning":
         text = show.plain(event.get("text", ""))
         return f"warning: {name}: {text}" if f"step {event.get('step')}" in text else f"warning: {name}{at}: {text}"
     if kind == "guard":
-        source = show.plain(event.get("source", "?"), 60)
-        before, after = show.loss(_maybe(event.get("before"))), show.loss(_maybe(event.get("now")))
-        return f"warning: {name}{at}: the loss on `{source}` rose from {before} to {after}: `stop_if` ends the run"
+        return f"warning: {name}{at}: {show.plain(guard_text(event))}: `stop_if` ends the run"
     if kind == "stop":
         return f"{name}  stops{at}: {show.plain(event.get('reason', ''))}"
     if kind == "stage_end":
-        return f"{name}  done{at} after {show.show_duration(_number(event.get('seconds')))}"
+        return f"{name}  done{at} after {_short(event.get('seconds'))}"
     if kind == "data":
         tokens = show.show_count(_number(event.get("tokens")))
         return f"data    {show.plain(event.get('source', '?'), 60)}  {tokens} tokens"
@@ -226,5 +227,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _maybe(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _short(value: Any) -> str:
+    """A length of time; one digit more where whole seconds say nothing."""
+    seconds = _number(value)
+    return f"{max(seconds, 0.1):.1f} s" if seconds < 9.95 else show.show_duration(seconds)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import DONE, GUARD, SAVED, CptError, EnvironmentProblem, GuardStop, StoppedAndSaved, UsageError
-from cpt.base.events import Event
+from cpt.base.events import Event, stage_events
 from cpt.base.files import read_json, write_json
 from cpt.launch import LAUNCHERS, Launch, Launcher
 from cpt.plan.types import RunPlan, StagePlan
@@ -29,6 +29,7 @@ from cpt.stages import attempt as attempts
 from cpt.stages import decide, lock, parents, record, reuse, state
 from cpt.stages.decide import Decision
 from cpt.stages.follow import Stop, follow
+from cpt.stages.guard import guard_text
 from cpt.stages.prepare import Prepared, prepare
 
 
@@ -401,8 +402,8 @@ class _Stages:
         if code == SAVED:
             raise StoppedAndSaved(f"stage `{stage.name}` {ended.reason}", f"`{self.again}` goes on")
         if code == GUARD:
-            rule = stage.train.stop_if if stage.train else None
-            what = f": the loss on `{rule.source}` rose by more than {rule.loss_rises:.3g} of itself" if rule else ""
+            seen = [event for event in stage_events(attempt.stage_dir) if event.get("kind") == "guard"]
+            what = f": {guard_text(seen[-1])}" if seen else ""
             raise GuardStop(
                 f"stage `{stage.name}` was ended by its guard `stop_if` at step {ended.step:,}{what}",
                 f"the checkpoint is kept in `{attempt.stage_dir / 'checkpoints'}`",

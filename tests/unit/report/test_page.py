@@ -50,7 +50,7 @@ def test_the_page_has_everything_a_person_asks_for(tmp_path):
     text = " ".join(Reader(page(made_run.make(tmp_path))).text)
     for title in (
         "Gained and forgotten",
-        "Validation loss by domain",
+        "Validation loss by source",
         "Training loss by source",
         "Validation loss after each stage",
         "Stability gap",
@@ -133,6 +133,11 @@ def test_the_table_says_what_was_gained_and_what_is_noise(tmp_path):
     general, medical = (next(x for x in lines if x.startswith(n)) for n in ("general ", "medical "))
     assert re.split(r"\s{2,}", general) == ["general", "replayed", "3.612", "3.620", "+0.008", "+0.003", "within noise"]
     assert re.split(r"\s{2,}", medical)[-1] == "gained"
+    units, head = lines[2:4]
+    assert head.split() == ["source", "before", "after", "change", "change"]
+    assert [part.strip("-") for part in units.split()] == ["", "nats/token", "", "bits/byte"]
+    assert units.index("-") == head.index("before") and len(units) == len(head)
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_long_line_is_thinned_and_keeps_its_extremes():
@@ -171,3 +176,28 @@ def test_a_line_goes_on_from_the_parents_end_where_a_stage_was_not_measured_at_i
     end = measurements(run.events["base"])[-1]
     assert _end_of_parent(run, "domain", "general") == [(0.0, end.losses["general"].loss)]
     assert _end_of_parent(run, "base", "general") == []
+
+
+def test_sources_keep_the_colour_of_their_place_in_the_plan(tmp_path):
+    from cpt.report.history import read_run
+    from cpt.report.sections import Colours
+
+    for until in (None, ("domain", 45)):
+        run = read_run(made_run.make(tmp_path / str(until), names=("web", "medical"), until=until))
+        colours = Colours(run)
+        found = ["medical", "web (replay)", "other", "web"]
+        assert colours.ordered(found) == ["web", "web (replay)", "medical", "other"]
+        assert [colours.of(name) for name in found] == [1, 0, 2, 0]
+
+
+def test_the_page_names_the_stage_that_its_guard_ended_and_what_it_saw(tmp_path):
+    run = made_run.make(tmp_path, until=("domain", 45))
+    state = read_json(run / "stages" / "domain" / "state.json")
+    guard = {"source": "general", "loss_rises": 0.1}
+    write_json(run / "stages" / "domain" / "state.json", {**state, "status": "failed", "guard": guard})
+    event = {"kind": "guard", "source": "general", "before": 4.0, "now": 5.0, "limit": 4.4, "step": 45}
+    made_run._append(run / "stages" / "domain" / "attempt_1" / "events.jsonl", [event])
+    text = " ".join(Reader(page(run)).text)
+    assert "1 of 4 stages done, domain was ended by its guard" in text
+    assert "rose from 4.000 to 5.000 nats/token (+25.0 %), above the limit of 4.400 (+10.0 %)" in text
+    assert "from the first event to the last" in text

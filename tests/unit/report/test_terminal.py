@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cpt.base.events import stage_events
-from cpt.report.terminal import fields, make_display
+from cpt.report.terminal import fields, make_display, sentence
 from cpt.stages.attempt import read_plan
 from tests import made_run
 
@@ -157,3 +157,39 @@ def test_an_evaluation_is_compared_with_the_parents_end_where_the_start_was_not_
     progress.take("base", {"kind": "eval", "when": "end", "step": 150, "losses": {"general": {"loss": 3.0}}})
     now = progress.take("domain", {"kind": "eval", "when": "during", "step": 5, "losses": {"general": {"loss": 3.5}}})
     assert now.first_losses == {"general": 3.0} and now.losses == {"general": 3.5}
+
+
+def said(stage, event):
+    from pathlib import Path
+
+    from cpt.report.progress import StageNow
+
+    return sentence(stage, event, StageNow(plan=made_run.plan(Path("runs")).stages[stage]))
+
+
+def test_a_guard_gives_before_now_and_limit_in_one_unit_and_in_percent():
+    event = {"kind": "guard", "source": "general", "before": 4.0, "now": 5.0, "limit": 4.4, "step": 45}
+    assert said("domain", event) == (
+        "warning: domain at step 45: the validation loss of `general` rose from 4.000 to 5.000 nats/token (+25.0 %), "
+        "above the limit of 4.400 (+10.0 %): `stop_if` ends the run"
+    )
+    assert "rose above its limit" in said("domain", {"kind": "guard", "source": "general", "before": None})
+
+
+def test_a_short_time_is_not_zero_and_an_export_has_no_steps():
+    assert said("base", {"kind": "save", "step": 20, "seconds": 0.04}) == "base  saved at step 20 in 0.1 s"
+    assert said("base", {"kind": "stage_end", "step": 150, "seconds": 61.2}) == "base  done at step 150 after 61 s"
+    assert said("export", {"kind": "save", "step": 0, "seconds": 1.26}) == "export  written in 1.3 s"
+    assert said("export", {"kind": "stage_end", "step": 0, "seconds": 1.3}) == "export  done after 1.3 s"
+
+
+def test_the_end_of_a_stage_is_said_once(run):
+    from cpt.cli.run import Screen
+
+    screen = Screen(quiet=False, every=None)
+    stream = io.StringIO()
+    screen.display = make_display(read_plan(run), stream, False)
+    screen.tell({"kind": "stage_end", "stage": "base", "attempt": 1, "step": 150, "seconds": 90.0})
+    screen.tell({"kind": "stage", "stage": "base", "status": "done", "reason": ""})
+    screen.tell({"kind": "stage", "stage": "domain", "status": "done", "reason": ""})  # of an earlier command
+    assert stream.getvalue().splitlines() == ["base  done at step 150 after 90 s", "domain  done"]
