@@ -23,10 +23,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cpt.base.errors import PlanError, UsageError
+from cpt.base.errors import UsageError
 from cpt.schedules.length import Length, num_steps, parse_length
 from cpt.schedules.schedule import SCHEDULES, Schedule, option, warmup_option
 from cpt.schedules.shapes import decay, known_shape, warm
+from cpt.schedules.warmup import too_long
 
 COOLDOWNS = ("linear", "cosine", "inverse_sqrt")
 
@@ -93,11 +94,12 @@ class Infinite(Schedule):
         return decay("geometric", (step - anneal) / (span - anneal), self.constant, self.end)
 
     def fits(self, span: int) -> None:
-        _, constant, anneal = self.parts(span)
-        if anneal < span and constant > anneal:
-            raise PlanError(
-                f"`warmup`, `cooldown` and `anneal` take {constant + span - anneal:,} steps of a curve of {span:,}"
-            )
+        steps = {name: num_steps(getattr(self, name), span) for name in self.lengths}
+        shares = [name for name in self.lengths if parse_length(name, getattr(self, name))[0] == "share"]
+        # A cooldown that is a share gives way; shares that are rounded up may overlap by a step each.
+        needed = sum(steps.values()) - (steps["cooldown"] if "cooldown" in shares else 0)
+        if steps["anneal"] and needed - len(shares) > span:
+            raise too_long(steps, span)
 
     def placed(self, span: int) -> dict[str, int]:
         cooldown, constant, anneal = self.parts(span)

@@ -270,7 +270,12 @@ def _start(link: _Link, before: _Before, span: int) -> Lr:
             name: old.options[name] for name in made.early if parse_length(name, getattr(made, name))[0] != "steps"
         }
     made = dataclasses.replace(made, **dict[str, Any](lengths))
-    made.fits(span)
+    try:
+        made.fits(span)
+    except PlanError as error:
+        # Lengths that the parent's curve brought along are not this stage's to change.
+        own = [name for name in made.lengths if not (goes_on and name in lengths and name in made.early)]
+        raise PlanError(error.message, *_shorter(link, {n: getattr(made, n) for n in own}, span)) from None
     values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     return Lr(
         schedule=link.schedule,
@@ -280,6 +285,17 @@ def _start(link: _Link, before: _Before, span: int) -> Lr:
         span=span,
         start_lr=start_lr,
     )
+
+
+def _shorter(link: _Link, lengths: Mapping[str, Any], span: int) -> list[str]:
+    """Overrides that make parts fit which are long whatever the stage's length: shares in place of steps."""
+    fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SCHEDULES.get(link.schedule))}
+    texts = []
+    for name, value in lengths.items():
+        share = fields[name] if parse_length(name, fields[name])[1] else "10%"
+        if parse_length(name, value)[0] != "share" and num_steps(value, span) > num_steps(share, span):
+            texts.append(f"`stages.{link.stage.name}.lr.{name}={share}`")
+    return [" ".join(texts) + f" fits, or a longer `stages.{link.stage.name}.tokens`"] if texts else []
 
 
 def _named(error: CptError, stage: str) -> CptError:

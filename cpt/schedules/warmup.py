@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cpt.base.errors import PlanError
 
 
@@ -12,6 +14,12 @@ def progress_to_last(step: int, warmup: int, span: int) -> float:
     """
     length = span - 1 - warmup
     return 1.0 if length <= 0 else (step - warmup) / length
+
+
+def too_long(parts: Mapping[str, int], span: int) -> PlanError:
+    """The error for parts of a curve that together are longer than it [steps]."""
+    named = " + ".join(f"`{name}` {steps:,}" for name, steps in parts.items() if steps)
+    return PlanError(f"{named} steps are more than the {span:,} steps of the curve")
 
 
 def warmup_fits(warmup: int, span: int) -> None:

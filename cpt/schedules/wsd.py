@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cpt.base.errors import PlanError, UsageError
+from cpt.base.errors import UsageError
 from cpt.schedules.length import Length, num_steps, parse_length
 from cpt.schedules.schedule import SCHEDULES, Schedule, option, warmup_option
 from cpt.schedules.shapes import decay, known_shape, warm
+from cpt.schedules.warmup import too_long
 
 SHAPES = ("linear", "cosine", "exponential", "minus_sqrt", "geometric")
 
@@ -68,7 +69,7 @@ class Wsd(Schedule):
     def fits(self, span: int) -> None:
         warmup, start = self.parts(span)
         if warmup > start:
-            raise PlanError(f"`warmup` and `decay` take {warmup + span - start:,} steps of a curve of {span:,}")
+            raise too_long({"warmup": warmup, "decay": span - start}, span)
 
     def placed(self, span: int) -> dict[str, int]:
         warmup, start = self.parts(span)

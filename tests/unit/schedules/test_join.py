@@ -202,6 +202,21 @@ def test_what_cannot_be_joined_is_refused(second, message):
     assert message in error.message and error.message.startswith("`stages.b.lr`: ")
 
 
+def test_parts_longer_than_their_stage_are_named_with_the_overrides_that_shorten_them():
+    lr = {"schedule": "infinite", "peak": 1e-4, "counter": "run", "warmup": "100M", "cooldown": "5B", "anneal": "10%"}
+    fork = stage(
+        "b", 29, {"schedule": "infinite", "counter": "run", "anneal": "1B"}, True, "a", "pre_anneal", None, 2**21
+    )
+    error = fails([stage("a", 29, lr, tokens_per_step=2**21), fork])
+    named = "`warmup` 48 + `cooldown` 2,385 + `anneal` 3 steps are more than the 29 steps of the curve"
+    assert error.message == f"`stages.a.lr`: {named}" and not error.more
+    shorter = "`stages.a.lr.warmup=1%` `stages.a.lr.cooldown=60%`"
+    assert error.hints == (f"{shorter} fits, or a longer `stages.a.tokens`",)
+    error = fails([stage("a", 29, {**lr, "warmup": "1%", "cooldown": "60%"}, tokens_per_step=2**21), fork])
+    assert "`anneal` 477 steps are more than the 55 steps" in error.message
+    assert error.hints == ("`stages.b.lr.anneal=10%` fits, or a longer `stages.b.tokens`",)
+
+
 def test_a_fork_without_the_lr_is_still_checked():
     lr = {"schedule": "linear", "peak": 1e-3}
     assert "holds nothing" in fails([stage("a", 100, INFINITE), stage("b", 9, lr, parent="a", at="pre_anneal")]).message
