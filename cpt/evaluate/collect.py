@@ -1,4 +1,4 @@
-"""From the events of a run to its losses by stage and domain.
+"""From the events of a run to its losses by stage and source.
 
     1. stage events -> measured losses (`Measurement`) of every stage
     2. the chain of train stages that ends in the last one -> rows: the start, then what each stage ended on
@@ -24,7 +24,7 @@ from cpt.plan.types import RunPlan, StagePlan
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Validation loss of one domain."""
+    """Validation loss of one source."""
 
     loss: float  # [nats/token]
     bpb: float | None = None  # [bits/byte]
@@ -34,7 +34,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One evaluation of all domains."""
+    """One evaluation of all sources."""
 
     step: int
     tokens: int  # of the stage so far
@@ -63,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What became of one domain between the row that is compared with and the last one."""
+    """What became of one source between the row that is compared with and the last one."""
 
     domain: str
     before: Loss
@@ -105,7 +105,7 @@ class Account:
     changes: tuple[Change, ...]
     matrix: Matrix | None
     problem: str | None  # why there is no matrix, for people
-    gaps: Mapping[str, Mapping[str, Gap]]  # by stage and domain
+    gaps: Mapping[str, Mapping[str, Gap]]  # by stage and source
     beside: tuple[Row, ...] = ()  # measured too, but no link of the chain: releases, other branches, evaluate stages
 
     @property
@@ -132,7 +132,7 @@ def measurements(events: Iterable[Event]) -> list[Measurement]:
 
 
 def _loss(value: Any) -> Loss | None:
-    """A domain's entry of an `eval` event; None when it was not a finite number."""
+    """A source's entry of an `eval` event; None when it was not a finite number."""
     if not isinstance(value, dict) or not isinstance(value.get("loss"), int | float):
         return None
     return Loss(
@@ -281,7 +281,7 @@ def _changes(plan: RunPlan, chain: Sequence[str], rows: Sequence[Row], compared:
 
 
 def _matrix(plan: RunPlan, rows: Sequence[Row]) -> tuple[Matrix | None, str | None]:
-    """The matrix over the domains that every row has, or why there is none."""
+    """The matrix over the sources that every row has, or why there is none."""
     stages = [row.stage for row in rows if row.stage is not None]
     if rows[0].stage is not None and len(stages) == len(rows):
         # From scratch the first stage is the start; otherwise row 0 was never measured.
@@ -305,7 +305,7 @@ def _matrix(plan: RunPlan, rows: Sequence[Row]) -> tuple[Matrix | None, str | No
 def _gaps(
     chain: Sequence[str], rows: Sequence[Row], measured: Mapping[str, list[Measurement]], compared: int
 ) -> dict[str, dict[str, Gap]]:
-    """Stability gaps of the stages that were measured on the way, for all domains known at their start."""
+    """Stability gaps of the stages that were measured on the way, for all sources known at their start."""
     at_end = {row.stage: row for row in rows}
     gaps: dict[str, dict[str, Gap]] = {}
     for i, name in enumerate(chain):

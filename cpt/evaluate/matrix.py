@@ -52,7 +52,7 @@ class Matrix:
             raise UsageError("the loss matrix has rows of different length")
         for domain in self.domains:
             if not 0 <= self.learned.get(domain, -1) <= len(self.stages):
-                raise UsageError(f"no stage is known that domain `{domain}` was learned in")
+                raise UsageError(f"no stage is known that source `{domain}` was learned in")
 
     @classmethod
     def of_losses(

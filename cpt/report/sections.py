@@ -114,6 +114,7 @@ def _stage_row(run: RunHistory, name: str, stage: StagePlan) -> dict[str, Any]:
         "name": name,
         "kind": stage.kind,
         "status": state.status,
+        "shown": "ended by its guard" if state.status == "failed" and state.guard else state.status,
         "reason": state.reason,
         "reused": state.reference,
         "from": f"{start}{at}" + (f", keeps {keeps}" if stage.parent is not None and train else ""),

@@ -66,7 +66,7 @@ def _with_units(lines: list[str]) -> list[str]:
 
 
 def summary(account: Account) -> list[tuple[str, str, str]]:
-    """Measures over all domains: (name, value, what it means)."""
+    """Measures over all sources: (name, value, what it means)."""
     found: list[tuple[str, str, str]] = []
     matrix = account.matrix
     if matrix is not None:

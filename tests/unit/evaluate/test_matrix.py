@@ -93,8 +93,8 @@ def test_a_ragged_matrix_is_an_error():
         matrix(scores=(*SCORES[:3], (1.0, 2.0)))
 
 
-def test_a_domain_without_a_stage_is_an_error():
-    with pytest.raises(UsageError, match="domain `c`"):
+def test_a_source_without_a_stage_is_an_error():
+    with pytest.raises(UsageError, match="source `c`"):
         matrix(learned={"a": 1, "b": 2})
 
 

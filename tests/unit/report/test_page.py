@@ -201,3 +201,4 @@ def test_the_page_names_the_stage_that_its_guard_ended_and_what_it_saw(tmp_path)
     assert "1 of 4 stages done, domain was ended by its guard" in text
     assert "rose from 4.000 to 5.000 nats/token (+25.0 %), above the limit of 4.400 (+10.0 %)" in text
     assert "from the first event to the last" in text
+    assert '<span class="badge failed">ended by its guard</span>' in page(run)
