@@ -183,7 +183,7 @@ def _find(name: str, cache: Path) -> Corpus:
 
 
 def _unknown(name: str, entries: list[Entry], cache: Path, unknown: Callable[..., UsageError]) -> UsageError:
-    error = unknown("source", name, [n for e in entries for n in e.names])
+    error = unknown("source", name, {n for e in entries for n in e.names})
     return UsageError(f"{error.message} in the cache `{cache}`", *error.hints, "`cpt data prepare` fills the cache")
 
 

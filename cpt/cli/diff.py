@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ def command(a: One, b: Other, overrides: Keys = None, json: Json = False) -> Non
 
     A and B are run folders or names, `plan.json` files, or recipes with overrides in quotes: `"medical train.seed=2"`.
     """
-    from cpt.plan.diff import diff, same_result
+    from cpt.plan.diff import diff, same_result, shown
     from cpt.report.table import aligned
 
     first, second = (_plan(text, list(overrides or [])) for text in (a, b))
@@ -41,19 +41,22 @@ def command(a: One, b: Other, overrides: Keys = None, json: Json = False) -> Non
     if not found:
         result(f"no difference: both are plan {first.short_id}")
         return
-    rows = [["key", _label(first), _label(second), ""]]
-    rows += [[d.key, _text(d.a), _text(d.b), "" if d.changes_result else "same result"] for d in found]
+    rows = [["key", *_labels((a, b), (first, second)), ""]]
+    rows += [[d.key, *map(_short, shown(d)), "" if d.changes_result else "same result"] for d in found]
     result("\n".join(line.rstrip() for line in aligned(rows)))
     if same:
         result("\nstages with the same result in both: " + ", ".join(same))
 
 
-def _label(plan: RunPlan) -> str:
-    return f"{plan.name} ({plan.short_id})"
+def _labels(texts: tuple[str, str], plans: tuple[RunPlan, RunPlan]) -> list[str]:
+    """Heads of the two columns: the plans' names, and what was typed where those are the same."""
+    names = [p.name for p in plans]
+    if names[0] == names[1] and texts[0] != texts[1]:
+        names = [_short(text) for text in texts]
+    return [f"{name} ({plan.short_id})" for name, plan in zip(names, plans, strict=True)]
 
 
-def _text(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 

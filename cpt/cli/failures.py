@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, UsageError
+from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, GuardStop, StoppedAndSaved, UsageError
 
 INTERRUPTED = 130
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO}
@@ -134,14 +134,22 @@ def blocks(error: CptError) -> Iterator[CptError]:
             yield one
 
 
+def _word(error: CptError) -> str:
+    """What a line begins with: a stop that went as planned is no error."""
+    return "note" if isinstance(error, StoppedAndSaved) else "warning" if isinstance(error, GuardStop) else "error"
+
+
 def error_text(error: CptError) -> str:
-    """`error: ...` lines, each followed by its own hints after an empty line."""
+    """`error: ...` lines, each followed by its own hints after an empty line.
+
+    A stop that was asked for is a `note: ...`, and one by a guard a `warning: ...`.
+    """
     lines: list[str] = []
     previous_had_hints = False
     for one in blocks(error):
         if previous_had_hints:
             lines.append("")
-        lines.append(f"error: {printable(one.message)}")
+        lines.append(f"{_word(one)}: {printable(one.message)}")
         if one.hints:
             lines += ["", *(f"hint: {printable(h)}" for h in dict.fromkeys(one.hints))]
         previous_had_hints = bool(one.hints)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.base.units import show_count
 from cpt.plan.fingerprint import LAYOUT
 from cpt.plan.types import RunPlan, to_json
 
@@ -17,7 +18,12 @@ _SKIPPED_BELOW = ("fingerprint", "hf_config", "identity", "keep_steps", "points"
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that differs. `changes_result`: the stage's fingerprint, or the data behind it, depends on it."""
+    """One value that differs.
+
+    Args:
+        key: as a person would write it in a recipe or on the command line.
+        changes_result: the stage's fingerprint, or the data behind it, depends on it.
+    """
 
     key: str
     a: Any
@@ -29,10 +35,11 @@ def diff(a: RunPlan, b: RunPlan) -> list[Difference]:
     """Every value that differs, in the order of the plan: first what changes a result, then the rest."""
     before, after = _flat(to_json(a), ""), _flat(to_json(b), "")
     keys = [*before, *(k for k in after if k not in before)]
+    differ = [k for k in keys if before.get(k, ABSENT) != after.get(k, ABSENT)]
     found = [
-        Difference(k, before.get(k, ABSENT), after.get(k, ABSENT), _matters(k))
-        for k in keys
-        if before.get(k, ABSENT) != after.get(k, ABSENT)
+        Difference(typed(k), before.get(k, ABSENT), after.get(k, ABSENT), _matters(k))
+        for k in differ
+        if not _said_by_another(k, before, after, differ)
     ]
     return sorted(found, key=lambda d: not d.changes_result)
 
@@ -40,6 +47,40 @@ def diff(a: RunPlan, b: RunPlan) -> list[Difference]:
 def same_result(a: RunPlan, b: RunPlan) -> list[str]:
     """Stages, by name, that have equal fingerprints in both plans."""
     return [n for n, s in a.stages.items() if n in b.stages and s.fingerprint == b.stages[n].fingerprint]
+
+
+def typed(key: str) -> str:
+    """The key of a plan's value as recipes have it: `stages.domain.train.seed` is `stages.domain.seed` there."""
+    parts = key.split(".")
+    if len(parts) > 3 and parts[0] == "stages" and parts[2] in ("train", "options"):
+        del parts[2]
+    elif len(parts) == 3 and parts[0] == "stages":
+        parts[2] = {"parent": "from", "parent_at": "from"}.get(parts[2], parts[2])
+    return ".".join(parts)
+
+
+def shown(one: Difference) -> tuple[str, str]:
+    """Both values for a person: large counts as the plan shows them, as long as the two then still differ."""
+    a, b = (_show(v, one.key) for v in (one.a, one.b))
+    return (a, b) if a != b else (str(one.a), str(one.b))
+
+
+def _show(value: Any, key: str) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("seed"):
+        return show_count(value)
+    return str(value)
+
+
+def _said_by_another(key: str, before: Mapping[str, Any], after: Mapping[str, Any], differ: list[str]) -> bool:
+    """Whether a row only repeats others: the empty side of a group whose values are told, or steps beside tokens."""
+    if key.endswith(".train.steps"):
+        return key.removesuffix("steps") + "tokens" in differ
+    empty = before.get(key, ABSENT) in (None, {}, ABSENT) and after.get(key, ABSENT) in (None, {}, ABSENT)
+    return empty and any(other.startswith(f"{key}.") for other in differ)
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def read_plan(run_dir: Path) -> RunPlan:
     except FileNotFoundError:
         raise UsageError(f"`{run_dir}` is not a run folder: it has no `plan.json`") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"`{path}` cannot be read: {error}") from None
+        raise UsageError(
+            f"`{path}` is damaged: {error}", "`--fresh` starts again in a new folder, as another `name=` does"
+        ) from None
 
 
 def read_job(job_path: Path) -> tuple[RunPlan, Job]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt.plan.diff import diff
+from cpt.plan.diff import diff, shown
 from cpt.plan.types import RunPlan, StagePlan, to_json
 from cpt.stages import state
 from cpt.stages.state import State
@@ -111,8 +111,9 @@ def changes(old: RunPlan, new: RunPlan, stage: str | None = None) -> list[str]:
         if parts[0] == "stages" and not (parts[1] in old.stages and parts[1] in new.stages):
             continue  # said above in one line
         if one.changes_result and (stage is None or _concerns(one.key, stage, new)):
-            key = one.key.removeprefix(f"stages.{stage}.").removeprefix("train.") if stage else one.key
-            found.append(f"`{key}` {_show(one.a)} → {_show(one.b)}")
+            key = one.key.removeprefix(f"stages.{stage}.") if stage else one.key
+            a, b = (_short(text) for text in shown(one))
+            found.append(f"`{key}` {a} → {b}")
     return found
 
 
@@ -127,8 +128,5 @@ def _concerns(key: str, stage: str, plan: RunPlan) -> bool:
     return True
 
 
-def _show(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"

@@ -10,6 +10,8 @@ from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import attempt as attempts
 from cpt.stages import decide, parents, state
 
+MOST = 5  # values; a run that differs in more has nothing to do with this one
+
 
 def find(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Path | None:
     """The folder of a finished stage of another run with an equal fingerprint and everything that it should leave."""
@@ -38,7 +40,7 @@ class Nearest:
 
 
 def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Nearest:
-    """What to compare a stage with that never ran here."""
+    """What to compare a stage with that never ran here: a run of the same recipe that differs in few values."""
     newest: tuple[float, str, RunPlan] | None = None
     for folder in Path(plan.runs).glob("*"):
         file = folder / "plan.json"
@@ -48,16 +50,19 @@ def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Nearest:
             other = attempts.read_plan(folder)
         except CptError:
             continue
-        if other.recipe == plan.recipe and stage.name in other.stages:
+        if plan.recipe and other.recipe == plan.recipe and stage.name in other.stages:
             when = file.stat().st_mtime
             if newest is None or when > newest[0]:
                 newest = (when, folder.name, other)
     if newest is None:
         return Nearest()
     _, name, other = newest
+    changed = tuple(decide.changes(other, plan, stage.name))
+    if len(changed) > MOST:
+        return Nearest()
     before, now = other.stages.get(stage.parent or ""), plan.stages.get(stage.parent or "")
     parent_changed = before is not None and now is not None and before.fingerprint != now.fingerprint
-    return Nearest(name, tuple(decide.changes(other, plan, stage.name)), parent_changed)
+    return Nearest(name, changed, parent_changed)
 
 
 def changes_by_stage(plan: RunPlan, run_dir: Path) -> dict[str, list[str]]:

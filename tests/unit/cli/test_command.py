@@ -128,7 +128,8 @@ def test_each_kind_of_error_has_its_exit_code_and_one_line(
 
     assert failures.report(work) == code
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
+    word = {75: "note: ", 4: "warning: "}.get(code, "error: ")  # a stop that went as planned is no error
+    assert len(lines) == 1 and lines[0].startswith(word)
 
 
 def raiser(error: Exception) -> Callable[[], int]:
@@ -250,10 +251,10 @@ def test_a_new_recipe_must_have_a_plain_name(project: Path, name: str) -> None:
 def test_diff_says_how_two_plans_differ(project: Path) -> None:
     ended = cpt("diff", "two", "two train.seed=3 stages.anneal.micro_batch_size=1")
     assert ended.code == 0
-    assert "stages.domain.train.seed" in ended.out
+    assert "stages.domain.seed" in ended.out
     assert next(line for line in ended.out.splitlines() if "micro_batch_size" in line).endswith("same result")
     found = json.loads(cpt("diff", "two", "two train.seed=3", "--json").out)
-    assert {d["key"] for d in found["differences"]} == {"stages.domain.train.seed", "stages.anneal.train.seed"}
+    assert {d["key"] for d in found["differences"]} == {"stages.domain.seed", "stages.anneal.seed"}
 
 
 def test_diff_takes_a_run_and_a_plan_file(project: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cpt.base.errors import GuardStop, StoppedAndSaved
 from cpt.base.files import write_json
+from cpt.cli import failures
 from cpt.stages import state
 from tests import made_run
 from tests.command import cpt
@@ -83,3 +85,30 @@ def test_after_a_stop_without_saving_the_saved_step_is_shown(run: Path) -> None:
     write_json(folder / "state.json", {"status": "saved", "attempt": 1, "step": 34, "reason": "stopped at once"})
     stage = json.loads(cpt("status", NAME, "--json").out)["stages"][2]
     assert (stage["status"], stage["step"], stage["tokens"]) == ("saved", 34, 34 * made_run.TOKENS_PER_STEP)
+
+
+def test_a_stop_that_went_as_planned_is_no_error() -> None:
+    asked, guard = StoppedAndSaved("stopped at step 13", "the same command goes on"), GuardStop("ended")
+    assert failures.error_text(asked) == "note: stopped at step 13\n\nhint: the same command goes on\n"
+    assert failures.error_text(guard) == "warning: ended\n"
+    assert (asked.exit_code, guard.exit_code) == (75, 4)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"id": 3}', "\x00"])
+def test_a_damaged_plan_is_one_line_with_a_way_on(content: str, run: Path) -> None:
+    (run / "plan.json").write_text(content)
+    for words in (["status", NAME], ["logs", NAME], ["report", NAME]):
+        ended = cpt(*words)
+        lines = ended.err.splitlines()
+        assert ended.code == 2 and "plan.json` is damaged" in lines[0] and "`--fresh`" in lines[2], ended
+        assert len(lines) == 3
+    assert cpt("diff", NAME, NAME).code == 2
+
+
+def test_two_plans_of_one_name_are_told_apart_by_what_was_typed(run: Path) -> None:
+    other = made_run.make(run.parent.parent / "other")
+    plan = json.loads((other / "plan.json").read_text())
+    plan["stages"]["base"]["train"]["seed"] = 7
+    write_json(other / "plan.json", plan)
+    head = cpt("diff", NAME, f"other/{NAME}").out.splitlines()[0]
+    assert head.split() == ["key", NAME, "(7c1e92)", f"other/{NAME}", "(7c1e92)"]

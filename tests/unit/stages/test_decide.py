@@ -100,4 +100,4 @@ def test_a_change_of_one_stage_is_not_told_of_another() -> None:
     other = changed(anneal, "f4", seed=2)
     assert changes(plan(stage(), anneal), plan(stage(), other), "domain") == []
     assert changes(plan(stage(), anneal), plan(stage(), other), "anneal") == ["`seed` 1 → 2"]
-    assert changes(plan(stage(), anneal), plan(stage(), other)) == ["`stages.anneal.train.seed` 1 → 2"]
+    assert changes(plan(stage(), anneal), plan(stage(), other)) == ["`stages.anneal.seed` 1 → 2"]

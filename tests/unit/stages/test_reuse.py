@@ -1,0 +1,31 @@
+"""What other runs in the same folder say about a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cpt.base.files import write_json
+from cpt.plan.types import RunPlan, to_json
+from cpt.stages import reuse
+from tests.unit.stages.plans import changed, plan, stage
+
+
+def _write(runs: Path, name: str, one: RunPlan) -> None:
+    write_json(runs / name / "plan.json", to_json(one))
+
+
+def test_a_run_that_differs_in_a_few_values_is_named(tmp_path: Path) -> None:
+    new = plan(changed(stage(), "f2", seed=2), runs=str(tmp_path))
+    _write(tmp_path, "before", plan(stage(), runs=str(tmp_path)))
+    assert reuse.nearest_run(new, new.stages["domain"], tmp_path / "new").changed == ("`seed` 1 → 2",)
+
+
+def test_runs_of_another_recipe_and_those_that_differ_in_much_are_not_compared_with(tmp_path: Path) -> None:
+    much = {"seed": 2, "seq_length": 64, "global_batch_size": 4, "precision": "bf16", "tokens": 1, "mixture": {"a": 1}}
+    new = plan(changed(stage(), "f2", **much), runs=str(tmp_path))
+    _write(tmp_path, "unlike", plan(stage(), runs=str(tmp_path)))
+    assert reuse.nearest_run(new, new.stages["domain"], tmp_path / "new") == reuse.Nearest()
+    near = plan(changed(stage(), "f3", seed=3), runs=str(tmp_path))
+    _write(tmp_path, "unlike", dataclasses.replace(plan(stage(), runs=str(tmp_path)), recipe="other"))
+    assert reuse.nearest_run(near, near.stages["domain"], tmp_path / "new") == reuse.Nearest()
