@@ -121,6 +121,10 @@ def compose(texts: Sequence[str], cwd: Path | None = None) -> Composed:
     cwd = cwd or Path.cwd()
     parsed = _parse_all(texts)
     if parsed.recipe is None:
+        meant = [o.text for o in parsed.values if len(o.path) == 1 and nearest(o.path[0], ["recipe"])]
+        if meant:
+            key, _, value = meant[0].lstrip("+~").partition("=")
+            raise UsageError(f"unknown key `{key}`", f"did you mean `recipe={value}`?")
         raise UsageError("no recipe was given", "`recipe=demo` needs nothing; `cpt recipes` lists the others")
     file = find_recipe(parsed.recipe, cwd)
     picks, values = _split_picks(parsed.values, cwd)

@@ -30,6 +30,8 @@ def unknown_key(
     *parent, key = path
     siblings = sorted(here)
     hints = []
+    if not parent:
+        siblings = sorted({*siblings, "recipe"})  # not a key of a recipe, but one may be meant
     near = nearest(key, siblings)
     exact = _elsewhere(path, everywhere, exact=True)
     alike = near is not None and difflib.SequenceMatcher(None, key, near).ratio() >= 0.8

@@ -11,7 +11,7 @@ Source:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cpt.base.errors import PlanError
@@ -20,6 +20,8 @@ from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
 
 GIB = 2**30
 RUNTIME = {"cpu": 0.35 * 10**9, "gpu": 2 * 10**9}  # what a rank holds besides the model: libraries, buffers [bytes]
+
+START = {"cpu": 5.0, "gpu": 30.0}  # until the ranks of a stage work: libraries, groups, weights; assumed [s]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,9 @@ class StageCost:
     """Cost of one train stage."""
 
     flops: float
-    seconds: float | None
-    basis: str  # of `seconds`
+    seconds: float | None  # of its steps
+    evaluating: float | None  # of its evaluations [s]
+    basis: str  # of both
     memory: float  # at peak, of one rank [bytes]
     disk: float  # of the checkpoints that stay while the stage runs [bytes]
     checkpoints: int  # that stay
@@ -70,12 +73,18 @@ class Budget:
     num_devices: int  # most that a stage uses
     checkpoint_bytes: float  # one checkpoint with optimizer [bytes]
     disk: float  # checkpoints and exports that stay when all is done [bytes]
+    starting: float = 0.0  # of all stages, whatever their kind, together [s]
+    measuring: float | None = 0.0  # of the stages that only measure [s]
 
     @property
     def seconds(self) -> float | None:
-        """Time of all stages one after the other [s]; None when the speed of the devices is not known."""
-        known = [s.seconds for s in self.stages.values() if s.seconds is not None]
-        return sum(known) if len(known) == len(self.stages) and known else None
+        """Time of all stages one after the other [s]; None when the speed of the devices is not known.
+
+        With evaluations and starts, without the preparation of data.
+        """
+        parts = [p for s in self.stages.values() for p in (s.seconds, s.evaluating)]
+        known = [p for p in (*parts, self.measuring) if p is not None]
+        return sum(known) + self.starting if len(known) == len(parts) + 1 and parts else None
 
     @property
     def flops(self) -> float:
@@ -141,30 +150,73 @@ def budget(plan: RunPlan, devices: Devices, measured: Mapping[str, Measured] | N
     model, stages = plan.model, {}
     for name, stage in plan.stages.items():
         if stage.train is not None:
-            stages[name] = _stage(model, stage, stage.train, devices, (measured or {}).get(name))
+            stages[name] = _stage(plan, model, stage, stage.train, devices, (measured or {}).get(name))
     most = max((s.train.parallel.world_size for s in plan.stages.values() if s.train), default=1)
     precision = next((s.train.precision for s in plan.stages.values() if s.train), "fp32")
     one = checkpoint_bytes(model, precision)
     exports = sum(1 for s in plan.stages.values() if s.kind == "convert")
     disk = sum(s.disk for s in stages.values()) + exports * model.num_parameters * (2 if precision == "bf16" else 4)
-    return Budget(stages=stages, devices=devices, num_devices=most, checkpoint_bytes=one, disk=disk)
+    return Budget(
+        stages=stages,
+        devices=devices,
+        num_devices=most,
+        checkpoint_bytes=one,
+        disk=disk,
+        starting=START[devices.kind] * len(plan.stages),
+        measuring=_measuring(plan, model, devices),
+    )
+
+
+def _measuring(plan: RunPlan, model: ModelConfig, devices: Devices) -> float | None:
+    """Time of the stages that only measure [s]; None when the speed of the devices is not known."""
+    found = 0.0
+    for stage in plan.stages.values():
+        if stage.kind == "evaluate":
+            options = stage.options
+            tokens = _held_out(plan, options.get("sources") or tuple(plan.sources), options.get("tokens") or 0)
+            length = options.get("seq_length") or model.max_position_embeddings
+            ranks = (options.get("tp") or 1) * (options.get("pp") or 1) * (options.get("dp") or 1)
+            speed = _flops_per_s(devices, ranks)
+            if speed is None:
+                return None
+            found += tokens * flops_per_token(model, length) / 3 / speed
+    return found
+
+
+def _held_out(plan: RunPlan, names: Sequence[str], most: int) -> int:
+    """Tokens that one evaluation of these sources reads; at most so many of each."""
+    facts = (plan.sources[name].facts for name in names if name in plan.sources)
+    return sum(min(most, f.valid_tokens) if f is not None and f.valid_tokens else most for f in facts)
+
+
+def _flops_per_s(devices: Devices, ranks: int) -> float | None:
+    """What so many ranks do together; those of a processor share its cores."""
+    if not devices.flops_per_s:
+        return None
+    return devices.flops_per_s * (min(ranks, devices.cores) if devices.kind == "cpu" else ranks)
 
 
 def _stage(
-    model: ModelConfig, stage: StagePlan, train: Train, devices: Devices, measured: Measured | None
+    plan: RunPlan, model: ModelConfig, stage: StagePlan, train: Train, devices: Devices, measured: Measured | None
 ) -> StageCost:
     flops = train.tokens * flops_per_token(model, train.seq_length, train.recompute)
-    seconds, basis = None, "speed of the devices not known"
+    # A forward pass is a third of a step, without what recomputation adds.
+    forward = flops_per_token(model, train.seq_length) / 3
+    evaluate = train.evaluate
+    times = 1 + evaluate.at_start + ((train.steps - 1) // evaluate.every_steps if evaluate.every_steps else 0)
+    evaluated = times * _held_out(plan, evaluate.sources, evaluate.tokens)
+    seconds, evaluating, basis = None, None, "speed of the devices not known"
+    speed = _flops_per_s(devices, train.parallel.world_size)
     if measured is not None:
         seconds, basis = train.tokens / measured.tokens_per_s, f"measured in run {measured.run}"
-    elif devices.flops_per_s:
-        at_work = train.parallel.world_size
-        at_work = min(at_work, devices.cores) if devices.kind == "cpu" else at_work
-        seconds, basis = flops / (devices.flops_per_s * at_work), devices.basis
+        evaluating = seconds / flops * evaluated * forward
+    elif speed is not None:
+        seconds, evaluating, basis = flops / speed, evaluated * forward / speed, devices.basis
     stay = _checkpoints(stage, train)
     return StageCost(
         flops=flops,
         seconds=seconds,
+        evaluating=evaluating,
         basis=basis,
         memory=memory(model, train, devices.kind),
         disk=stay * checkpoint_bytes(model, train.precision),

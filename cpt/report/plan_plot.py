@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from cpt.plan.types import RunPlan
 from cpt.report import show
 
-HEIGHT = 12
+HEIGHT = 13  # odd: the middle line is half the highest lr
 SMALLEST = 40  # columns
 
 
@@ -46,7 +46,7 @@ def lr_plot(plan: RunPlan, curves: Mapping[str, Callable[[int], float]], columns
     lines = []
     for i, row in enumerate(grid):
         value = top * (HEIGHT - 1 - i) / (HEIGHT - 1)
-        axis = show.lr(value) if i in (0, HEIGHT // 2, HEIGHT - 1) else ""
+        axis = show.lr(value) if i in (0, (HEIGHT - 1) // 2, HEIGHT - 1) else ""
         lines.append(f"{axis:>{label}} |{''.join(row)}".rstrip())
     lines.append(" " * label + " +" + "-" * width)
     lines += [" " * label + "  " + line for line in _names(names, width)]

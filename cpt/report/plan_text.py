@@ -41,7 +41,7 @@ def plan_text(plan: RunPlan, budget: Budget | None, warnings: Sequence[str], nex
 
 def _head(plan: RunPlan) -> list[str]:
     trains = [s.train for s in plan.stages.values() if s.train is not None]
-    prepared = all(s.facts is not None and not s.facts.estimated for s in plan.sources.values())
+    prepared = _prepared(plan)
     mark = "" if prepared else ABOUT
     count = f"{len(plan.stages)} stage" + ("s" if len(plan.stages) != 1 else "")
     tokens = show.show_count(sum(t.tokens for t in trains))
@@ -198,4 +198,13 @@ def _needs(plan: RunPlan, budget: Budget) -> list[str]:
     fields.append(f"{count} checkpoint{'s' if count != 1 else ''} of {show.show_bytes(budget.checkpoint_bytes)}")
     fields.append(f"{show.show_bytes(budget.disk)} disk")
     basis = "; ".join(dict.fromkeys(s.basis for s in budget.stages.values()))
-    return [f"needs   {' · '.join(fields)}", f"        time: {show.plain(basis)}"]
+    lines = [f"needs   {' · '.join(fields)}", f"        time: {show.plain(basis)}"]
+    if budget.seconds is not None:
+        start = budget.starting / max(1, len(plan.stages))
+        lines[1] += f"; with evaluations and {start:.0f} s to start each stage"
+        lines[1] += "" if _prepared(plan) else ", without preparing data"
+    return lines
+
+
+def _prepared(plan: RunPlan) -> bool:
+    return all(s.facts is not None and not s.facts.estimated for s in plan.sources.values())

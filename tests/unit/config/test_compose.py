@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpt.base.errors import UsageError
+from cpt.config import build
 from cpt.config.compose import compose, recipe_names, shipped
 from tests.command import write_project
 
@@ -27,6 +28,15 @@ def refused(*texts: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
         compose(texts)
     return caught.value
+
+
+def test_a_mistyped_recipe_key_is_answered_with_the_right_one() -> None:
+    with pytest.raises(UsageError) as caught:
+        compose(["recpe=medical"])
+    assert caught.value.message == "unknown key `recpe`" and caught.value.hints == ("did you mean `recipe=medical`?",)
+    with pytest.raises(UsageError, match="unknown key `recpe`") as caught:
+        build.plan("demo", ["recpe=medical"])
+    assert caught.value.hints[0] == "did you mean `recipe`?"
 
 
 def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from cpt.base.errors import PlanError
 from cpt.plan.budget import (
+    START,
     Devices,
     Measured,
     budget,
@@ -17,7 +18,7 @@ from cpt.plan.budget import (
     matrix_parameters,
     memory,
 )
-from cpt.plan.types import Parallel, Retain, Saving
+from cpt.plan.types import Evaluate, Parallel, Retain, Saving
 from tests.unit.plan.made import MODEL, plan, stage, train
 
 
@@ -47,6 +48,25 @@ def test_ranks_on_a_processor_share_its_cores() -> None:
     two = budget(plan(stage(parallel=Parallel(dp=2))), cpu).seconds
     four = budget(plan(stage(parallel=Parallel(dp=2, tp=2))), cpu).seconds
     assert two == four
+
+
+def test_evaluations_and_starts_take_time_too() -> None:
+    gpu = Devices(kind="gpu", flops_per_s=1e9, basis="assumed")
+    # Two sources with 9 held-out tokens each, before the first step, after 30, 60 and 90 steps and at the end.
+    made = stage(evaluate=Evaluate(sources=("law", "news"), every_steps=30))
+    whole = budget(plan(made), gpu)
+    forward = flops_per_token(MODEL, 128) / 3
+    domain = whole.stages["domain"]
+    assert domain.evaluating == pytest.approx(5 * 18 * forward / 1e9)
+    assert domain.seconds is not None and whole.seconds == pytest.approx(
+        domain.seconds + domain.evaluating + START["gpu"]
+    )
+    options = {"sources": ("law",), "tokens": 5, "seq_length": 128, "dp": 2}
+    look = dataclasses.replace(stage("look", "domain"), kind="evaluate", train=None, options=options)
+    more = budget(plan(made, look), gpu)
+    assert more.measuring == pytest.approx(5 * forward / 2e9) and more.starting == 2 * START["gpu"]
+    seen = budget(plan(made), gpu, {"domain": Measured(tokens_per_s=1000, run="before")}).stages["domain"]
+    assert seen.evaluating == pytest.approx(5 * 18 / 3 / 1000)
 
 
 def test_unknown_devices_give_no_time() -> None:
