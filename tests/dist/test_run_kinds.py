@@ -116,7 +116,7 @@ def test_a_folder_with_another_plan_is_refused_with_the_differences(runs: Runs) 
     assert refused.process.returncode == 2
     text = refused.text()
     assert "holds another plan, under which stages `domain`" in text
-    assert "`stages.domain.train.mixture.even` 0.7 → 0.5" in text
+    assert "`stages.domain.mixture.even` 0.7 → 0.5" in text
     refused_too = runs.finish("first", "stages.domain.mixture={even: 0.5, odd: 0.5}", "--accept-changes")
     assert refused_too.process.returncode == 2, "finished stages are never overwritten"
 
