@@ -404,6 +404,7 @@ def _finish(
         cache=str(work.cache),
         runs=str(work.runs),
         config=work.composed.config,
+        notes=work.composed.notes,
     )
     facts = {
         name: check.Outside(
@@ -459,7 +460,7 @@ def warnings(plan: RunPlan) -> list[str]:
         before[name] = curve(parent.train.lr)(steps - 1)
     options = {k: v for k, v in plan.launcher.items() if k != "name"}
     launcher = make(LAUNCHERS.get(str(plan.launcher["name"])), options)
-    return [*_tokenizer_warnings(plan), *check.warnings(plan, before, launcher.num_devices())]
+    return [*plan.notes, *_tokenizer_warnings(plan), *check.warnings(plan, before, launcher.num_devices())]
 
 
 def _tokenizer_warnings(plan: RunPlan) -> list[str]:

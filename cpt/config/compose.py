@@ -33,6 +33,7 @@ class Composed:
     file: Path
     config: dict[str, Any]
     origins: Mapping[tuple[str, ...], str] = field(default_factory=dict)  # leaf key -> file or override
+    notes: tuple[str, ...] = ()  # what overrides do that may not be meant, one sentence each
 
     def origin(self, path: tuple[str, ...]) -> str:
         """Where the value of a key came from: files, the command line, or the default."""
@@ -130,8 +131,11 @@ def compose(texts: Sequence[str], cwd: Path | None = None) -> Composed:
     picks, values = _split_picks(parsed.values, cwd)
     config, origins = _hydra(file, picks, cwd)
     errors: list[CptError] = []
+    notes = ov.repeated(parsed.values)
     for override in values:
         try:
+            dropped = ov.replaced(config, override)
+            notes += [dropped] if dropped else []
             config = ov.apply(config, override)
             _note_origin(origins, override)
         except CptError as error:
@@ -139,7 +143,7 @@ def compose(texts: Sequence[str], cwd: Path | None = None) -> Composed:
     if errors:
         raise UsageError(errors[0].message, *errors[0].hints, more=(*errors[0].more, *errors[1:]))
     _refuse_foreign(config)
-    return Composed(file.stem, file, _resolved(config), origins)
+    return Composed(file.stem, file, _resolved(config), origins, tuple(notes))
 
 
 def _parse_all(texts: Sequence[str]) -> ov.Overrides:

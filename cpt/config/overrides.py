@@ -195,6 +195,35 @@ def apply(config: dict[str, Any], override: Override) -> dict[str, Any]:
     return config
 
 
+def replaced(config: Mapping[str, Any], override: Override) -> str | None:
+    """What a plain value that stands for a section takes away from the recipe, as a sentence; None when nothing."""
+    short = getattr(node_at(override.path), "short", None)
+    old: Any = config
+    for part in override.path:
+        old = old.get(part) if isinstance(old, Mapping) else None
+    plain = override.operation == "set" and override.value is not None and not isinstance(override.value, Mapping)
+    if not short or not plain or not isinstance(old, Mapping):
+        return None
+    dropped = [f"`{key}: {value}`" for key, value in old.items() if key != short and value is not None]
+    if not dropped:
+        return None
+    keeps = f"`{dotted((*override.path, short))}={override.text.partition('=')[2]}` keeps it"
+    return f"`{override.text}` replaces all of `{dotted(override.path)}`, {', '.join(dropped)} too; {keeps}"
+
+
+def repeated(values: Sequence[Override]) -> list[str]:
+    """Keys that are given more than once, one sentence each."""
+    texts: dict[tuple[str, ...], list[str]] = {}
+    for override in values:
+        if override.operation == "set":
+            texts.setdefault(override.path, []).append(override.text)
+    return [
+        f"`{dotted(path)}` is given {len(found)} times; the last one counts, `{found[-1]}`"
+        for path, found in texts.items()
+        if len(found) > 1
+    ]
+
+
 def expand(config: dict[str, Any], path: Sequence[str]) -> None:
     """Write out plain values that stand for sections along `path`: `base: scratch` to `base: {checkpoint: scratch}`."""
     here: Any = config

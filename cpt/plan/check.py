@@ -371,7 +371,11 @@ def _lr_jump(stage: StagePlan, train: Train, before: float | None) -> Iterator[s
         jump = f"{before:.1e} → {first:.1e}"
         yield f"the lr of `{stage.name}` jumps at its start, {jump}, with a kept optimizer; a `warmup` would soften it"
     elif "optimizer" not in stage.keep and first >= 0.999 * peak > 0 and train.steps > 1:
-        yield f"`{stage.name}` starts with a new optimizer at its highest lr, {first:.1e}; a `warmup` is usual"
+        start = f"`{stage.name}` starts with a new optimizer at its highest lr, {first:.1e}"
+        if train.lr.options.get("warmup") == "1 steps":
+            yield f"{start}: its `warmup` is only one step of {train.steps:,}"
+        else:
+            yield f"{start}; a `warmup` is usual"
 
 
 def ancestors(plan: RunPlan, stage: StagePlan) -> Iterator[StagePlan]:

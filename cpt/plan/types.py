@@ -282,6 +282,7 @@ class RunPlan:
     cache: str = ""  # absolute folder of prepared corpora
     runs: str = ""  # absolute folder that holds the run folders
     config: Mapping[str, Any] = field(default_factory=dict)  # the composed recipe, for people (`plan.yaml`)
+    notes: tuple[str, ...] = ()  # what the overrides do that may not be meant, one sentence each; changes nothing
 
     @property
     def short_id(self) -> str:

@@ -300,6 +300,25 @@ def test_a_small_tokenizer_for_a_base_that_has_none_beside_it_is_a_warning(proje
     assert any("the tokenizer has 20 tokens, the model's vocabulary 64 rows" in w for w in warned)
 
 
+def test_a_plain_value_that_drops_written_options_is_told(project: Path) -> None:
+    warned = build.warnings(plan("stages.anneal.lr=wsd"))
+    kept = "`stages.anneal.lr.schedule=wsd` keeps it"
+    assert f"`stages.anneal.lr=wsd` replaces all of `stages.anneal.lr`, `end: 0` too; {kept}" in warned
+    assert not plan("stages.anneal.lr.schedule=wsd", "base=base").notes
+
+
+def test_a_key_that_is_given_twice_is_told(project: Path) -> None:
+    made = plan("train.seed=1", "launcher=local", "train.seed=2")
+    assert made.notes == ("`train.seed` is given 2 times; the last one counts, `train.seed=2`",)
+    assert made.id == plan("train.seed=2").id and made.notes[0] in build.warnings(made)
+
+
+def test_a_warmup_of_one_step_is_named_as_such(project: Path) -> None:
+    warned = build.warnings(plan("stages.domain.lr.warmup=1%"))
+    assert any("highest lr, 1.0e-03: its `warmup` is only one step of 39" in w for w in warned)
+    assert any("a `warmup` is usual" in w for w in build.warnings(plan("stages.domain.lr.warmup=0")))
+
+
 @pytest.mark.parametrize("key", ["runs", "cache"])
 @pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "data/law.jsonl", "data/law.jsonl/x"])
 def test_a_folder_that_cannot_be_written_is_refused_by_its_key(project: Path, key: str, folder: str) -> None:
