@@ -133,6 +133,7 @@ class Loop:
         self.progress.last_eval = step
         self._since += seconds
         losses = {name: values["loss"] for name, values in found.items()}
+        self.progress.newest_eval = losses
         if step == 0:
             self.progress.first_eval = losses
             if self.imported:
@@ -208,7 +209,7 @@ class Loop:
 
     def _set_weights(self, step: int) -> None:
         for method in self.methods:
-            shares = method.weights(step, self.progress.first_eval)
+            shares = method.weights(step, self.progress.newest_eval)
             if shares is not None:
                 self.stream.set_shares({n: shares.get(streams.key(n), 0.0) for n in self.stream.names})
 

@@ -50,6 +50,7 @@ class Progress:
     lr: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # last window, for the spike rule
     first_eval: dict[str, float] = field(default_factory=dict)  # valid loss at the stage's start, for `stop_if`
+    newest_eval: dict[str, float] = field(default_factory=dict)  # valid loss by source, newest measurement
     last_eval: int = -1  # step whose evaluation is complete; -1 = none
     methods: dict[str, Any] = field(default_factory=dict)
 

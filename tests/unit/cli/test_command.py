@@ -116,7 +116,7 @@ def test_debug_shows_the_traceback_of_an_error(project: Path) -> None:
         (StoppedAndSaved("a"), 75),
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device", "/full/file"), 3),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 3),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), 2),
     ],
 )
