@@ -23,7 +23,7 @@ class Method:
         """Once, after the weights are in place and before the first step (also after a resume)."""
 
     def weights(self, step: int, losses: Mapping[str, float]) -> Mapping[str, float] | None:
-        """New shares of the sources for the coming step, or None. `losses` are the newest validation losses by source."""
+        """New shares of the sources for the coming step, or None; `losses` are the newest validation losses."""
         return None
 
     def loss(self, engine: Any, losses_BS: Any, microbatch: Any) -> Any:
