@@ -1,1 +1,8 @@
-"""..."""
+"""Laws that predict a loss from size, tokens and mixture. New law = one file here + its import below."""
+
+from __future__ import annotations
+
+from cpt.laws import chinchilla, dcpt
+from cpt.laws.law import LAWS, Law, Parameter
+
+__all__ = ["LAWS", "Law", "Parameter", "chinchilla", "dcpt"]
