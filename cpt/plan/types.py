@@ -251,10 +251,10 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage: turns a parent checkpoint into a child checkpoint (or measures one)."""
+    """One stage: turns a parent checkpoint into a child checkpoint (or measures one, or fits a law)."""
 
     name: str
-    kind: str  # train | convert | evaluate
+    kind: str  # train | convert | evaluate | law | merged
     parent: str | None  # `base`, a stage of this run, or an absolute checkpoint folder; None = scratch
     parent_at: int | str | None = None  # None = its end | a step | "pre_anneal"
     keep: tuple[str, ...] = ()
@@ -262,6 +262,11 @@ class StagePlan:
     options: Mapping[str, Any] = field(default_factory=dict)  # of another kind, e.g. {"to": "hf"}
     fingerprint: str = ""
     keep_steps: tuple[int, ...] = ()  # a later stage forks here: these checkpoints are never removed
+    model: ModelConfig | None = None  # of a proxy of another size; None = the run's
+    group: str | None = None  # the law stage that this stage is a proxy of
+    after: tuple[str, ...] = ()  # stages whose results it reads besides its parent's
+    law: Mapping[str, str] = field(default_factory=dict)  # keys whose value a law gives: "mixture" -> "mix.mixture"
+    assumed: bool = False  # the law of one of them is not there yet: the value stands in so that a plan can be shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +292,10 @@ class RunPlan:
     @property
     def short_id(self) -> str:
         return self.id[:6]
+
+    def model_of(self, stage: StagePlan) -> ModelConfig | None:
+        """The model that a stage works on: the run's, or that of a proxy of another size."""
+        return stage.model or self.model
 
 
 @dataclass(frozen=True, kw_only=True)
