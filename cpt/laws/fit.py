@@ -1,7 +1,7 @@
 """The one fitter of all laws: a sum of Huber losses on log residuals, minimised from many starts at once.
 
-    starts of the law ─▶ short Levenberg-Marquardt on all, as one batch ─▶ the best go on to convergence
-    ─▶ L-BFGS-B from the best, in case something is left ─▶ how many starts agree
+    starts of the law ─▶ Levenberg-Marquardt on all as one batch, in rounds that fewer and fewer go on from
+    ─▶ L-BFGS-B from the best, in case something is left ─▶ how many of the last round agree
 
 Always the sum, never the mean, and scaled up before it reaches a quasi-Newton method: with the mean that stops far too
 early (Besiroglu et al. 2024, arXiv:2404.10102). Resamples are solved as one batch from the optimum.
@@ -28,6 +28,7 @@ ON_BOUND = 1e-6  # distance from a bound that counts as on it, relative to the r
 _SCALE = 1e6  # of the objective before it reaches L-BFGS-B
 _BATCH = 4_000_000  # numbers in one gradient array
 _FLOOR = 1e-300
+_ROUNDS = ((60, 20), (300, 8), (4000, 8))  # iterations, and how many starts go on after them
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +41,7 @@ class Fit:
         rows: what it was fitted on, sorted.
         delta: where the Huber loss becomes linear.
         scale: `log`: residuals of the log loss; `linear`: of the loss itself [nats/token].
-        agreeing: starts that found this optimum.
+        agreeing: starts of the last round that found this optimum.
         at_bound: parameters that lie on a bound.
         scores: objectives that the starts ended with, best first.
     """
@@ -95,11 +96,10 @@ def fit(
     low_P, high_P = law.bounds
     theta_BP = np.clip(starts_SP, low_P, high_P)
     weight_BR = np.broadcast_to(rows.weight_R, (len(theta_BP), len(rows)))
-    theta_BP, score_B = descend(law, rows, theta_BP, weight_BR, delta, scale, 60)
-    best = np.argsort(score_B, kind="stable")[: max(8, len(score_B) // 3)]
-    theta_BP, score_B = descend(law, rows, theta_BP[best], weight_BR[best], delta, scale, 1000)
-    best = np.argsort(score_B, kind="stable")
-    theta_BP, score_B = theta_BP[best], score_B[best]
+    for iterations, keep in _ROUNDS:
+        theta_BP, score_B = descend(law, rows, theta_BP, weight_BR[: len(theta_BP)], delta, scale, iterations)
+        best = np.argsort(score_B, kind="stable")[:keep]
+        theta_BP, score_B = theta_BP[best], score_B[best]
     if not np.isfinite(score_B[0]):
         raise UsageError(f"the law `{law.name}` does not converge on these {len(rows)} rows from any start")
     theta_P, score = _polish(law, rows, theta_BP[0], float(score_B[0]), delta, scale)
@@ -111,7 +111,7 @@ def fit(
         rows=rows,
         delta=delta,
         scale=scale,
-        agreeing=int(np.sum(score_B <= score * (1 + AGREE) + 1e-15)),
+        agreeing=max(1, int(np.sum(score_B <= score * (1 + AGREE) + 1e-15))),
         num_starts=len(starts_SP),
         at_bound=tuple(p.name for p, on in zip(law.parameters, near, strict=True) if on),
         scores=tuple(float(s) for s in score_B),
