@@ -1,0 +1,92 @@
+"""Resamples of whole runs, the same runs for every loss, so that draws of two losses belong together.
+
+A resample that cannot determine the law (a ratio or a size is missing) is drawn again and counted. Rows are drawn one
+by one only where every run has a single row: the bootstrap by run is then the same thing.
+
+Array suffixes: B resamples, U runs, R rows, D draws (row 0 the fit), P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cpt.laws.fit import Fit, refit
+from cpt.laws.result import Bootstrap
+from cpt.laws.rows import Floats, Ints
+from cpt.laws.terms import determined
+
+FEW_RUNS = 12  # below, intervals are rough
+FEW_RESAMPLES = 10  # so few different resamples say nothing about the spread
+_TRIES = 100  # draws per resample before the runs are called too few
+
+
+def draws(
+    fits: Mapping[str, Fit], options: Mapping[str, object], count: int, seed: int
+) -> tuple[dict[str, Floats], Bootstrap]:
+    """Parameters of every resample, by target.
+
+    Args:
+        fits: on all rows, by target.
+        options: of the law, as the fits were made with.
+        count: how many resamples are wanted.
+
+    Returns:
+        theta_DP by target: the fit, then the resamples (none when the runs are too few for any); what was resampled.
+    """
+    times_BU, runs, redrawn = resamples(fits, options, count, seed)
+    by_row = all(fit.rows.num_runs == len(fit.rows) for fit in fits.values())
+    told = Bootstrap("row" if by_row else "run", len(runs), len(times_BU), redrawn)
+    thetas = {}
+    for name, fit in fits.items():
+        found = [fit.theta_P[None]]
+        if len(times_BU):
+            place = {run: u for u, run in enumerate(runs.tolist())}
+            unit_R = np.array([place[run] for run in fit.rows.run_R.tolist()])
+            found.append(refit(fit, times_BU[:, unit_R] * fit.rows.weight_R, seed=seed)[0])
+        thetas[name] = np.concatenate(found)
+    return thetas, told
+
+
+def resamples(
+    fits: Mapping[str, Fit], options: Mapping[str, object], count: int, seed: int
+) -> tuple[Floats, Ints, int]:
+    """times_BU each run is drawn in each resample, the runs' numbers, how many were drawn again.
+
+    Runs are taken in the order in which the sorted rows hold them, so that neither the file's order nor the runs'
+    names change a draw.
+    """
+    listed = np.concatenate([fit.rows.run_R for fit in fits.values()])
+    runs, first = np.unique(listed, return_index=True)
+    runs = runs[np.argsort(first, kind="stable")]
+    rng = np.random.default_rng(seed)
+    kept: list[Ints] = []
+    redrawn = 0
+    while len(kept) < count and redrawn < _TRIES * count:
+        times_U = np.bincount(rng.integers(len(runs), size=len(runs)), minlength=len(runs))
+        drawn = runs[times_U > 0]
+        if all(determined(f.law, f.rows.take(np.isin(f.rows.run_R, drawn)), options) for f in fits.values()):
+            kept.append(times_U)
+        else:
+            redrawn += 1
+    found_BU = np.array(kept, np.float64).reshape(len(kept), len(runs))
+    if len(kept) < count or len(np.unique(found_BU, axis=0)) < min(FEW_RESAMPLES, count):
+        return found_BU[:0], runs, redrawn
+    return found_BU, runs, redrawn
+
+
+def standard_errors(fit: Fit, theta_DP: Floats) -> dict[str, float]:
+    """Standard deviation over the resamples of each parameter as people write it, by name."""
+    names = [p.name for p in fit.law.parameters]
+    if len(theta_DP) < 3:
+        return dict.fromkeys(names, float("nan"))
+    return {name: float(np.std(natural_DP, ddof=1)) for name, natural_DP in natural(fit, theta_DP[1:]).items()}
+
+
+def natural(fit: Fit, theta_DP: Floats) -> dict[str, Floats]:
+    """Draws of each parameter as people write it, by name."""
+    return {
+        p.name: np.exp(column_D) if p.log else column_D
+        for p, column_D in zip(fit.law.parameters, theta_DP.T, strict=True)
+    }
