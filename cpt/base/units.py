@@ -47,6 +47,21 @@ def parse_count(value: object) -> int:
     return int(value) if isinstance(value, int) else round(count)
 
 
+def parse_amount(value: object) -> float:
+    """A finite number that need not be whole, with an optional suffix: `1.8B`, `1.5e9`, `25%` (0.25).
+
+    Raises:
+        UsageError: not such a number.
+    """
+    forms = "`1.5e9`, `1.8B`, `25%`"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _refuse("a number", value, forms)
+    parts = _split(str(value))
+    if parts is None or parts[1].upper() not in (*_COUNT, "%"):
+        raise _refuse("a number", value, forms)
+    return parts[0] / 100 if parts[1] == "%" else parts[0] * _COUNT[parts[1].upper()]
+
+
 def parse_share(value: object) -> float:
     """A share between 0 and 1: `0.005`, `0.5%`.
 
