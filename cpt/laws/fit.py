@@ -28,6 +28,7 @@ ON_BOUND = 1e-6  # distance from a bound that counts as on it, relative to the r
 _SCALE = 1e6  # of the objective before it reaches L-BFGS-B
 _BATCH = 4_000_000  # numbers in one gradient array
 _FLOOR = 1e-300
+_SAME = 2e-3  # two optima closer than this, relative to the bounds, are one
 _ROUNDS = ((60, 20), (300, 8), (4000, 8))  # iterations, and how many starts go on after them
 
 
@@ -123,6 +124,9 @@ def refit(
 ) -> tuple[Floats, Floats]:
     """The best parameters for many weightings of the rows (resamples, folds), from the optimum and some other starts.
 
+    The other starts are drawn once and first go down on the unweighted rows; those that arrive at the optimum itself
+    need not be tried again for every weighting.
+
     Args:
         weight_BR: weights of the rows of `fitted.rows`, one set of weights a line.
         rows: other rows than those of the fit, in the order of `weight_BR`.
@@ -131,15 +135,26 @@ def refit(
         theta_BP in fitting space, objective_B.
     """
     law, rows = fitted.law, fitted.rows if rows is None else rows
-    low_P, high_P = law.bounds
-    others_SP = law.starts(rows, np.random.default_rng(seed), extra_starts)[:extra_starts] if extra_starts else None
-    starts_SP = fitted.theta_P[None] if others_SP is None else np.concatenate([fitted.theta_P[None], others_SP])
+    starts_SP = np.concatenate([fitted.theta_P[None], _other_optima(fitted, rows, extra_starts, seed)])
     count, each = len(weight_BR), len(starts_SP)
-    theta_BP = np.clip(np.tile(starts_SP, (count, 1)), low_P, high_P)
+    theta_BP = np.tile(starts_SP, (count, 1))
     weights = np.repeat(weight_BR, each, axis=0)
     theta_BP, score_B = descend(law, rows, theta_BP, weights, fitted.delta, fitted.scale, 60)
-    best_B = np.argmin(np.nan_to_num(score_B.reshape(count, each), nan=np.inf), axis=1) + each * np.arange(count)
+    best_B = np.argmin(score_B.reshape(count, each), axis=1) + each * np.arange(count)
     return descend(law, rows, theta_BP[best_B], weight_BR, fitted.delta, fitted.scale, 300)
+
+
+def _other_optima(fitted: Fit, rows: Rows, count: int, seed: int) -> Floats:
+    """Where other starts end on the rows as they are, but for those that end where the fit is."""
+    law = fitted.law
+    low_P, high_P = law.bounds
+    if not count:
+        return np.empty((0, len(low_P)))
+    starts_SP = np.clip(law.starts(rows, np.random.default_rng(seed), count)[:count], low_P, high_P)
+    weight_SR = np.broadcast_to(rows.weight_R, (len(starts_SP), len(rows)))
+    theta_SP, score_S = descend(law, rows, starts_SP, weight_SR, fitted.delta, fitted.scale, 300)
+    off_S = np.max(np.abs(theta_SP - fitted.theta_P) / (high_P - low_P), axis=1)
+    return theta_SP[np.isfinite(score_S) & (off_S > _SAME)]
 
 
 def huber(residual: Floats, delta: float) -> Floats:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class Rows:
 
     def take(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> Rows:
         """Some of the rows, by mask or index; runs keep their numbers."""
-        found = {}
+        found: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             found[f.name] = value[which] if isinstance(value, np.ndarray) else value
@@ -68,7 +69,7 @@ class Rows:
 
     def in_order(self) -> Rows:
         """The same rows sorted by what they hold, so that the order in the file changes nothing."""
-        keys = [self.loss_R, self.weight_R]
+        keys: list[Any] = [self.loss_R, self.weight_R]
         for column in (self.unique_tokens_R, self.tokens_R, self.share_R, self.n_params_R, self.domain_R):
             if column is not None:
                 keys.append(column)
