@@ -171,13 +171,13 @@ class Table:
         kept = [Base(b.n_params, {k: v for k, v in b.losses.items() if k not in losses}) for b in self.base]
         return replace(self, base=(*(b for b in kept if b.losses), Base(None, dict(losses))))
 
-    def records(self) -> list[dict[str, Any]]:
-        """All rows as plain values by quantity, base models first as rows with 0 tokens."""
+    def records(self, base: bool = True) -> list[dict[str, Any]]:
+        """All rows as plain values by quantity, with `base` the base models first as rows with 0 tokens."""
         found: list[dict[str, Any]] = []
         zero = "tokens" if self.tokens is not None or self.step is None else "step"
-        for base in self.base:
-            size = {} if base.n_params is None else {"n_params": base.n_params}
-            found.append({"run": "base", **size, zero: 0.0} | {_loss_column(k): v for k, v in base.losses.items()})
+        for model in self.base if base else ():
+            size = {} if model.n_params is None else {"n_params": model.n_params}
+            found.append({"run": "base", **size, zero: 0.0} | {_loss_column(k): v for k, v in model.losses.items()})
         columns: dict[str, Any] = {"run": self.run}
         for key in ("n_params", "tokens", "step", "domain", "k1", "k2", "lr", "schedule", "eval_id", "tokenizer"):
             if getattr(self, key) is not None:
