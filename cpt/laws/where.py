@@ -55,7 +55,7 @@ class Comparison:
         Raises:
             UsageError: text against a number, or an order asked of text.
         """
-        if cell is None:
+        if cell is None or cell != cell:
             return False
         if isinstance(self.value, str):
             if self.operator not in ("==", "!="):
@@ -80,7 +80,7 @@ class Where:
     def mask(
         self, columns: Mapping[str, Sequence[object]], count: int, exempt: Mapping[str, NDArray[np.bool_]] | None = None
     ) -> NDArray[np.bool_]:
-        """Which of the rows meet all comparisons.
+        """Which of the rows meet all comparisons; a later one is asked only of rows that met those before it.
 
         Args:
             columns: cells by the names that a person may use.
@@ -96,7 +96,7 @@ class Where:
                 raise unknown("column", one.column, columns)
             cells = columns[one.column]
             free = (exempt or {}).get(one.column, np.zeros(count, bool))
-            met &= np.array([bool(free[i]) or one.holds(cells[i]) for i in range(count)], bool)
+            met &= np.array([bool(met[i]) and (bool(free[i]) or one.holds(cells[i])) for i in range(count)], bool)
         return met
 
     def __str__(self) -> str:
