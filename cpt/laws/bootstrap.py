@@ -19,6 +19,8 @@ from cpt.laws.terms import determined
 
 FEW_RUNS = 12  # below, intervals are rough
 FEW_RESAMPLES = 10  # so few different resamples say nothing about the spread
+_EXTRA_STARTS = 3  # of each resample, beside the optimum
+_LARGE = 10_000  # rows x parameters; larger tables start from the optimum alone
 _TRIES = 100  # draws per resample before the runs are called too few
 
 
@@ -44,7 +46,9 @@ def draws(
         if len(times_BU):
             place = {run: u for u, run in enumerate(runs.tolist())}
             unit_R = np.array([place[run] for run in fit.rows.run_R.tolist()])
-            found.append(refit(fit, times_BU[:, unit_R] * fit.rows.weight_R, seed=seed)[0])
+            extra = _EXTRA_STARTS if len(fit.rows) * len(fit.theta_P) <= _LARGE else 0
+            weight_BR = times_BU[:, unit_R] * fit.rows.weight_R
+            found.append(refit(fit, weight_BR, extra_starts=extra, seed=seed)[0])
         thetas[name] = np.concatenate(found)
     return thetas, told
 

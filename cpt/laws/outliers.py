@@ -69,3 +69,8 @@ def describe(rows: Rows, row: int, names: dict[int, str], target: str) -> str:
 def ratio_name(target: str) -> str:
     """What the share of the corpus that `target` is measured on is called."""
     return f"r_{target}" if target in ("domain", "general") else "share"
+
+
+def loss_name(target: str) -> str:
+    """What the loss of a corpus is called in a sentence."""
+    return "the loss" if target == "loss" else f"the {target} loss"

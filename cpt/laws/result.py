@@ -214,6 +214,8 @@ class TargetFit:
         dropped: terms that the rows cannot determine, one sentence each.
         identified: condition number and pairs.
         base: loss of the base model at the size that is asked about; None when unknown [nats/token].
+        lowest_share: r_i: below this share of the measured corpus the fitted loss rises with the share, which no
+            training does, so that the law does not hold there; None for laws without one share [fraction].
     """
 
     name: str
@@ -229,6 +231,7 @@ class TargetFit:
     dropped: tuple[str, ...]
     identified: Identified
     base: float | None
+    lowest_share: float | None = None
 
     @property
     def law(self) -> Law:
@@ -395,6 +398,7 @@ class Analysis:
             "identified": {name: f.identified for name, f in fits.items()},
             "restarts": {name: {"agreeing": f.fit.agreeing, "starts": f.fit.num_starts} for name, f in fits.items()},
             "rises": {name: f.rises for name, f in fits.items()},
+            "lowest_share": {name: f.lowest_share for name, f in fits.items()},
             "bootstrap": self.bootstrap,
             "comparison": self.comparison,
             "recommendation": None,

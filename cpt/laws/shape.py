@@ -43,7 +43,8 @@ def rises(
         smooth_R = running_median(loss_R)
         noise = _NOISE * spread_of(loss_R - smooth_R) if np.any(loss_R != smooth_R) else 0.0
         noise = max(noise / np.sqrt(len(where)), 1e-4 * float(loss_R.mean()))
-        before = float(smooth_R[0]) if base_R is None else float(base_R[where[0]])
+        known = base_R is not None and np.isfinite(base_R[where[0]])
+        before = float(base_R[where[0]]) if base_R is not None and known else float(smooth_R[0])
         peak = int(np.argmax(smooth_R))
         if smooth_R[peak] - before <= noise or smooth_R[peak] - smooth_R[-1] <= noise:
             continue
@@ -70,14 +71,16 @@ def running_median(value_R: Floats) -> Floats:
     return np.concatenate([value_R[:1], middle, value_R[-1:]])
 
 
-def lowest_valid_share(law: Law, theta_P: Floats, n_params: float | None, tokens: float | None) -> float:
+def lowest_valid_share(
+    law: Law, theta_P: Floats, n_params: float | None, tokens: float | None, base: float | None = None
+) -> float:
     """r_i: below this share of the measured corpus the fitted loss rises with the share, which no training does.
 
     With eta < 1 the D-CPT law always has such an interval at 0. 0 when the loss falls from the start; 1 when it never
     falls.
     """
     share_G = np.concatenate([[0.0], np.geomspace(1e-8, 1, 1601)])
-    loss_G = law.loss(theta_P[None], points(n_params=n_params, tokens=tokens, share=share_G))[0][0]
+    loss_G = law.loss(theta_P[None], points(n_params=n_params, tokens=tokens, share=share_G, base=base))[0][0]
     falls_G = np.diff(loss_G) < 0
     if falls_G[0] or not np.any(np.diff(loss_G) > 1e-12 * loss_G[0]):
         return 0.0
