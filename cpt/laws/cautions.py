@@ -18,6 +18,7 @@ from cpt.laws.table import DOMAIN, GENERAL, Table
 WIDE = 0.2  # interval of a ratio that says little [fraction]
 AGREEING = 5  # restarts that should find the same optimum
 WORSE = 3.0  # held-out error over in-sample error
+_FAR = 2.0  # a share further beyond the measured ones than these are apart
 _STEADY = ("constant", "wsd_stable", "infinite")
 
 Fits = Mapping[str, TargetFit]
@@ -44,18 +45,26 @@ def cautions(
             Warn("base_missing", "the general loss before training is not known; give it as `base_general=`", GENERAL)
         )
     if recommendation is not None:
-        found += _of_answer(recommendation, fits)
+        found += of_answer(recommendation, fits)
     return tuple(sorted(found, key=lambda w: not w.strong))
 
 
 def unfit(fits: Fits) -> tuple[str, ...]:
-    """Why the law must not be used: it predicts left-out ratios worse than a line between its neighbours."""
-    return tuple(
-        f"{loss_name(name)} at left-out ratios is predicted worse by the law than by a line between the neighbouring "
-        f"ratios: {100 * fit.heldout.law_within:.3g} % against {100 * fit.heldout.interpolation:.3g} %"
-        for name, fit in fits.items()
-        if fit.heldout.law_within > fit.heldout.interpolation
-    )
+    """Why the law must not be used: it predicts left-out ratios worse than a line between their neighbours, or
+    mixtures of several corpora worse than the nearest one."""
+    found = []
+    for name, fit in fits.items():
+        held = fit.heldout
+        line = math.isfinite(held.interpolation)
+        other = held.interpolation if line else held.nearest
+        if held.law_within > other:
+            instead = "a line between the neighbouring ratios" if line else "the nearest mixture that was run"
+            what = "ratios" if line else "mixtures"
+            found.append(
+                f"{loss_name(name)} at left-out {what} is predicted worse by the law than by {instead}: "
+                f"{100 * held.law_within:.3g} % against {100 * other:.3g} %"
+            )
+    return tuple(found)
 
 
 def _of_fit(law: str, name: str, fit: TargetFit, table: Table) -> list[Warn]:
@@ -72,7 +81,8 @@ def _of_fit(law: str, name: str, fit: TargetFit, table: Table) -> list[Warn]:
         found.append(Warn("bound", f"{named} {lies} in the fit of {loss_name(name)}{advice}", name))
     wanted = min(AGREEING, fit.fit.num_starts)
     if fit.fit.agreeing < wanted:
-        text = f"{fit.fit.agreeing} of {fit.fit.num_starts} starts found the best fit of {loss_name(name)}, wanted {wanted}"
+        text = f"{fit.fit.agreeing} of {fit.fit.num_starts} starts found the best fit of {loss_name(name)}"
+        text += f", wanted {wanted}"
         found.append(Warn("restarts", text, name))
     if fit.rises and name != DOMAIN:
         found.append(Warn("rise_and_fall", _rise(law, name, fit), name, strong=law != "cmr"))
@@ -95,8 +105,8 @@ def _checks(name: str, fit: TargetFit) -> list[Warn]:
     found = []
     if fit.heldout.error > WORSE * fit.own.mean:
         text = (
-            f"{loss_name(name)} of rows that were left out is missed by {100 * fit.heldout.error:.3g} %, the rows of the "
-            f"fit by {100 * fit.own.mean:.3g} %"
+            f"{loss_name(name)} of rows that were left out is missed by {100 * fit.heldout.error:.3g} %, "
+            f"that of the fit's own rows by {100 * fit.own.mean:.3g} %"
         )
         found.append(Warn("held_out", text, name))
     if not fit.heldout.folds:
@@ -123,12 +133,13 @@ def _of_bootstrap(told: Bootstrap) -> list[Warn]:
     return []
 
 
-def _of_answer(answer: Recommendation, fits: Fits) -> list[Warn]:
+def of_answer(answer: Recommendation, fits: Fits) -> list[Warn]:
+    """Warnings about a recommendation."""
     found = []
     words = {"n_params": "model size", "tokens": "token count", "ratio": "ratio"}
     for name, factor in answer.factors.items():
         if factor > 1:
-            strong = factor > STRONG.get(name, math.inf)
+            strong = factor > STRONG.get(name, _FAR)
             how = f"{factor:.3g} times beyond" if name != "ratio" and math.isfinite(factor) else "outside"
             text = f"the {words[name]} lies {how} what was measured: the prediction extrapolates"
             found.append(Warn("extrapolation", text + (" far" if strong else ""), strong=strong))

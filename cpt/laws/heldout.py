@@ -63,7 +63,7 @@ def held_out(fitted: Fit, target: str, *, seed: int = 0, extra_starts: int | Non
         if part.by == "ratio":
             nearest_L, line_L = baselines.by_ratio(rows.take(~part.out_R), asked)
             nearest, interpolation = _some(nearest_L, asked.loss_R), _some(line_L, asked.loss_R)
-            both = np.isfinite(line_L)
+            both = np.isfinite(line_L) | (np.isfinite(nearest_L) & several(rows))
             inside.append((law_L[both], nearest_L[both], line_L[both], asked.loss_R[both]))
         done.append(Fold(part.by, part.left_out, part.value, errors(law_L, asked.loss_R), nearest, interpolation))
         seen.setdefault(part.by, []).append((law_L, asked.loss_R))
@@ -85,7 +85,7 @@ def parts(rows: Rows, target: str) -> tuple[list[Part], tuple[str, ...]]:
     """What to leave out, and which kinds cannot be left out and why."""
     found: list[Part] = []
     missing = []
-    if rows.shares_RK is not None and rows.shares_RK.shape[1] > 2:
+    if several(rows):
         found += _mixtures(rows)
     elif rows.share_R is not None:
         ratios = np.unique(rows.share_R)
@@ -110,6 +110,11 @@ def parts(rows: Rows, target: str) -> tuple[list[Part], tuple[str, ...]]:
     if not found and rows.num_runs >= 4:
         found += _runs(rows)
     return found, tuple(missing)
+
+
+def several(rows: Rows) -> bool:
+    """Mixtures of more than two corpora."""
+    return rows.shares_RK is not None and rows.shares_RK.shape[1] > 2
 
 
 def _ratios(share_R: Floats, ratios: Floats, name: str) -> list[Part]:

@@ -68,7 +68,7 @@ def describe(rows: Rows, row: int, names: dict[int, str], target: str) -> str:
 
 def ratio_name(target: str) -> str:
     """What the share of the corpus that `target` is measured on is called."""
-    return f"r_{target}" if target in ("domain", "general") else "share"
+    return f"r_{target}" if target in ("domain", "general") else f"share of `{target}`"
 
 
 def loss_name(target: str) -> str:

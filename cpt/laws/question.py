@@ -5,6 +5,7 @@
 | `tolerance` or `eps_g` | usage 1: the ratio with the lowest domain loss within the tolerance |
 | the same, general loss alone | the largest ratio within the tolerance |
 | `domain_tokens` | usage 2: how long a run to make of the domain data there are |
+| several corpora; `goal`, `limits`, `caps` | the best mixture of them (`question_mixture`) |
 | `compute` and `ratio` | usage 3: model size and tokens for a compute budget |
 
 Array suffixes: D draws, G points.
@@ -20,6 +21,7 @@ import numpy as np
 
 from cpt.base.errors import UsageError
 from cpt.base.units import show_count
+from cpt.laws.question_mixture import recommend_mixture
 from cpt.laws.recommend.allocation import allocation
 from cpt.laws.recommend.answer import Loss, Ratio
 from cpt.laws.recommend.distance import Distance, distance
@@ -80,7 +82,14 @@ def recommend(table: Table, fits: Fits, settings: Settings) -> tuple[Recommendat
     """
     limit = settings.tolerance is not None or settings.eps_g is not None
     if len(table.shares) > 2:
-        return None, "several corpora"
+        if limit or settings.domain_tokens is not None:
+            key = "domain_tokens" if settings.domain_tokens is not None else "tolerance` or `eps_g"
+            raise UsageError(
+                f"`{key}` is for tables of two corpora, `domain` and `general`",
+                "for several, `limits={CORPUS: loss}` limits losses and `caps={CORPUS: tokens}` what is read",
+            )
+        if settings.compute is None:
+            return recommend_mixture(table, fits, settings, asked_size(table, settings), asked_tokens(table, settings))
     if settings.compute is not None:
         return _allocation(table, fits, settings), ""
     if settings.domain_tokens is not None:

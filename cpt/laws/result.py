@@ -112,7 +112,8 @@ class HeldOut:
         by: errors over the rows of all folds of one kind (`ratio`, `size`, `tokens`, `run`).
         error: the headline: mean relative error over the folds, each kind counting the same [fraction].
         law_within, interpolation, nearest: mean relative errors on the rows inside the remaining ratios, where the
-            three can be compared; NaN where there are none [fraction].
+            three can be compared; NaN where there are none [fraction]. With several corpora there is no interpolation,
+            and the rows are all for which a nearest mixture was run.
         missing: kinds that could not be left out, and why.
     """
 
