@@ -9,18 +9,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from cpt.base.errors import UsageError
 from cpt.laws.recommend.answer import Loss, Ratio, general_limit
 from cpt.laws.recommend.search import Found, best_share
 from cpt.laws.recommend.tradeoff import draws_without
+from cpt.laws.repeated import R_DATA, effective_tokens
 from cpt.laws.result import Estimate
 from cpt.laws.rows import Floats
 
-Effective = Callable[[Floats, Floats], Floats]  # (unique tokens, tokens seen) -> tokens that count
 SMALLEST = 1e-3  # share below which no run would be made, when no smallest observed share is given
 
 
@@ -32,7 +30,7 @@ def limited(
     max_tokens: float | None = None,
     low: float = SMALLEST,
     max_epochs: float = 1.0,
-    effective: Effective | None = None,
+    r_star: float = R_DATA,
     base_general: float | None = None,
     tolerance: float | None = None,
     eps_g: float | None = None,
@@ -46,11 +44,11 @@ def limited(
         max_tokens: longest run [tokens]; at small shares it ends before the domain data do.
         low: smallest share to search, r_d: the smallest observed one.
         max_epochs: passes over the domain data that are allowed.
-        effective: tokens that repeated ones are worth, `laws.repeated`; needed when `max_epochs` is above 1.
+        r_star: epochs after which a repeat is worth 1/e of the first, `laws.repeated`.
         base_general, tolerance, eps_g: a limit on the general loss, as in `tradeoff`; none when both are None.
 
     Raises:
-        UsageError: an amount is not positive, or the tolerance lacks what it needs.
+        UsageError: an amount is not positive, more than 40 epochs, or the tolerance lacks what it needs.
     """
     for name, value in (("domain_tokens", domain_tokens), ("max_tokens", max_tokens), ("max_epochs", max_epochs)):
         if value is not None and not value > 0:
@@ -68,10 +66,8 @@ def limited(
 
     def tokens(share_G: Floats) -> Floats:
         """Tokens of the run as the law counts them: repeats at their worth [tokens]."""
-        seen_G = seen(share_G)
-        if effective is not None:
-            seen_G = effective(np.full_like(share_G, domain_tokens), seen_G)
-        return seen_G / share_G
+        worth_G: Floats = effective_tokens(np.full_like(share_G, domain_tokens), seen(share_G), r_star)
+        return worth_G / share_G
 
     def domain_along(share_G: Floats) -> Floats:
         return domain(share_G, tokens(share_G))
@@ -81,7 +77,8 @@ def limited(
         return general(1.0 - share_G, seen(share_G) / share_G)
 
     within = general_along if limit is not None else None
-    found = best_share(domain_along, within, limit if limit is not None else np.inf, low, 1.0)
+    full = None if max_tokens is None else domain_tokens * max_epochs / max_tokens  # all data read, all tokens spent
+    found = best_share(domain_along, within, limit if limit is not None else np.inf, low, 1.0, full)
     share = float(found.share_D[0])
     at = np.array([share])
     seen_there = float(seen(at)[0])
@@ -96,7 +93,7 @@ def limited(
         high=spread.high,
         decided_by=found.decided_by,
         at_edge=found.decided_by == "range",
-        reason=_reason(found, low, limit, rise),
+        reason=_reason(found, low, limit, rise, full),
         tokens=seen_there / share,
         loss_domain=Estimate.of(domain_along(at)[:, 0]),
         loss_general=loss_general,
@@ -108,11 +105,13 @@ def limited(
     )
 
 
-def _reason(found: Found, low: float, limit: float | None, rise: float | None) -> str:
+def _reason(found: Found, low: float, limit: float | None, rise: float | None, full: float | None) -> str:
     if found.decided_by == "nothing":
         return f"no share keeps the general loss at or below {limit:.4f}; the smallest rise is {rise:.4f} nats"
     if found.decided_by == "tolerance":
         return f"the domain loss is lowest where the general loss reaches its limit of {limit:.4f}"
+    if full is not None and found.share_D[0] == full:
+        return "the longest run that is allowed, with all the domain data in it"
     if found.decided_by == "minimum":
         return "less general data would shorten the run too far, more would dilute the domain data too much"
     if found.share_D[0] <= low:

@@ -26,6 +26,7 @@ from cpt.laws.rows import Floats
 
 SharesLoss = Callable[[Floats, slice], Floats]  # (shares_GK, which draws) -> loss_DG of these draws
 _STEP = 1e-6  # of the central differences, in shares
+_WITHIN = 1e-7  # by which a limit may be exceeded [nats/token]
 _AGREE = 1e-6  # starts whose objectives differ by less found the same optimum [nats/token]
 
 
@@ -114,12 +115,12 @@ def mixture(
     problem = _Problem(losses, dict(goal), limits, np.full(len(corpora), smallest), high_K)
     first_K, found = problem.best(0, _start_points(problem, starts if not convex else 4, seed))
     draws_DK = np.empty((draws, len(corpora)))
-    draws_DK[0] = first_K
     for draw in range(1, draws):
-        draws_DK[draw] = problem.best(draw, [first_K])[0]
+        draws_DK[draw] = problem.emptied(problem.best(draw, [first_K])[0], draw)
     excess = problem.excess(first_K, 0)
-    allowed = excess <= 1e-7
+    allowed = excess <= _WITHIN
     gap = problem.gap(first_K, 0) if convex and allowed else float("nan")
+    draws_DK[0] = first_K = problem.emptied(first_K, 0)
     here = {name: Estimate.of(loss(first_K[None], slice(None))[:, 0]) for name, loss in losses.items()}
     total_D = sum(weight * losses[name](first_K[None], slice(None))[:, 0] for name, weight in goal.items())
     read = {} if tokens is None else {name: float(h * tokens) for name, h in zip(corpora, first_K, strict=True)}
@@ -134,7 +135,7 @@ def mixture(
         decided_by=decided_by,
         at_edge=at_cap + empty,
         reason=_reason(decided_by, at_limit, at_cap, excess),
-        guarantee=_guarantee(convex, allowed, gap, found),
+        guarantee=_guarantee(convex, allowed, gap, found, smallest),
         convex=convex,
         gap=gap,
         tokens=read,
@@ -181,16 +182,24 @@ class _Problem:
     def best(self, draw: int, starts: list[Floats]) -> tuple[Floats, _Agreement]:
         """The lowest allowed mixture found from these starts; without any, the one that exceeds its limits least."""
         found = [self._descend(draw, start) for start in starts]
-        allowed = [h for h in found if self.excess(h, draw) <= 1e-7]
+        allowed = [h for h in found if self.excess(h, draw) <= _WITHIN]
         if not allowed:
             closest = [self._least_excess(draw, start) for start in starts]
             nearest = min(closest, key=lambda h: self.excess(h, draw))
-            if self.excess(nearest, draw) > 1e-7:
+            if self.excess(nearest, draw) > _WITHIN:
                 return nearest, _Agreement(len(starts), 1)
-            allowed = [h for h in (self._descend(draw, nearest), nearest) if self.excess(h, draw) <= 1e-7]
+            allowed = [h for h in (self._descend(draw, nearest), nearest) if self.excess(h, draw) <= _WITHIN]
         values = [float(self.value(h[None], draw)[0]) for h in allowed]
         agreeing = sum(v - min(values) <= _AGREE for v in values)
         return allowed[int(np.argmin(values))], _Agreement(len(starts), agreeing)
+
+    def emptied(self, shares_K: Floats, draw: int) -> Floats:
+        """Shares at the lower end set to 0, where the law sees no difference and the mixture stays as good."""
+        least_K = np.where(shares_K <= self.low_K * (1 + 1e-6), 0.0, shares_K)
+        least_K = least_K + (1 - least_K.sum()) * np.where(least_K < self.high_K, least_K, 0.0) / least_K.sum()
+        better = self.value(least_K[None], draw)[0] <= self.value(shares_K[None], draw)[0] + 1e-12
+        kept = bool(np.all(least_K <= self.high_K)) and self.excess(least_K, draw) <= _WITHIN
+        return least_K if better and kept and abs(least_K.sum() - 1) < 1e-12 else shares_K
 
     def gap(self, shares_K: Floats, draw: int) -> float:
         """What any allowed mixture can be better by, for convex losses: a linear programme [nats/token]."""
@@ -362,11 +371,12 @@ def _names(names: tuple[str, ...]) -> str:
     return " and ".join(f"`{n}`" for n in names)
 
 
-def _guarantee(convex: bool, allowed: bool, gap: float, found: _Agreement) -> str:
+def _guarantee(convex: bool, allowed: bool, gap: float, found: _Agreement, smallest: float) -> str:
     if not allowed:
         return "the mixture shown exceeds its worst limit least of all that were tried"
     if convex:
-        return f"the losses are convex in the shares: no allowed mixture is better by more than {gap:.1g} nats"
+        of = f" of shares of at least {smallest:g}" if smallest else ""
+        return f"the losses are convex in the shares: no allowed mixture{of} is better by more than {gap:.1g} nats"
     return (
         f"the losses are not convex in the shares, so a better mixture is not ruled out: this is the best of "
         f"{found.starts} starts, {found.agreeing} of which ended here or as low"

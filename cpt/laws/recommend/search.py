@@ -74,7 +74,9 @@ def without_rise(loss_DG: Floats, share_G: Floats) -> tuple[Floats, Floats]:
     return flat_DG, share_G[peak_D]
 
 
-def best_share(objective: Along, general: Along | None, limit: float, low: float, high: float) -> Found:
+def best_share(
+    objective: Along, general: Along | None, limit: float, low: float, high: float, kink: float | None = None
+) -> Found:
     """The share of each draw with the lowest objective within the limit on the general loss.
 
     Args:
@@ -82,8 +84,11 @@ def best_share(objective: Along, general: Along | None, limit: float, low: float
         general: general loss by share of **domain** data; None for no limit.
         limit: highest general loss that is allowed [nats/token].
         low, high: ends of the search.
+        kink: a share at which the objective may have a corner, where neither parabolas nor derivatives help.
     """
     share_G = grid(low, high)
+    if kink is not None and low < kink < high:
+        share_G = np.unique(np.append(share_G, kink))
     objective_DG, floor_D = without_rise(ask(objective, share_G), share_G)
     if general is None:
         general_DG, ceiling_D = np.full_like(objective_DG, -np.inf), np.full(len(objective_DG), np.inf)
@@ -105,6 +110,11 @@ def best_share(objective: Along, general: Along | None, limit: float, low: float
     nearest = int(np.argmin(np.abs(share_G - share_D[0])))
     around = share_G[[max(nearest - 2, 0), nearest, min(nearest + 2, len(share_G) - 1)]]
     share, decided_by = _refined(objective_at, general_at, limit, share_D[0], around)
+    if kink is not None and around[0] < kink < around[2] and abs(share - kink) > 1e-12:
+        within = decided_by != "nothing" and general_at(kink) <= limit
+        share, decided_by = (
+            (kink, "minimum") if within and objective_at(kink) <= objective_at(share) else (share, decided_by)
+        )
     if decided_by != "nothing" and share in (low, high):
         decided_by = "range"
     share_D[0] = share
@@ -200,4 +210,22 @@ def _lowest(objective: Callable[[float], float], low: float, high: float) -> flo
     if high - low < 1e-13:
         return low
     found = float(optimize.minimize_scalar(objective, bounds=(low, high), method="bounded", options=_EXACT).x)
-    return min((low, high, found), key=objective)
+    lowest = min((low, high, found), key=objective)
+    return _stationary(objective, lowest, low, high) if lowest == found else lowest
+
+
+def _stationary(objective: Callable[[float], float], near: float, low: float, high: float) -> float:
+    """The root of the derivative next to a minimum: values alone tell it to eight digits only."""
+    step = min(1e-3, near - low, high - near) / 4
+    if step < 1e-5:
+        return near
+
+    def slope(x: float) -> float:
+        inner = objective(x + step) - objective(x - step)
+        return 8 * inner - (objective(x + 2 * step) - objective(x - 2 * step))
+
+    ends = (near - step, near + step)
+    if slope(ends[0]) >= 0 or slope(ends[1]) <= 0:
+        return near
+    root = float(optimize.brentq(slope, *ends, xtol=1e-13))
+    return root if objective(root) <= objective(near) + 1e-14 * abs(objective(near)) else near

@@ -1,0 +1,62 @@
+"""The worked examples: set M (monotone losses) and set T (a trap: both losses turn), as losses that can be asked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpt.laws.dcpt import DCPT
+from cpt.laws.recommend.answer import Loss
+from cpt.laws.rows import Floats, points
+
+N, D = 1.8e9, 1e10
+LAW = DCPT()
+DOMAIN = {
+    "E": 1.10,
+    "A": 420,
+    "alpha": 0.36,
+    "B": 300,
+    "beta": 0.34,
+    "eta": 0.45,
+    "C": 0.28,
+    "eps": 0.08,
+    "gamma": 0.55,
+}
+GENERAL = {
+    "E": 1.75,
+    "A": 510,
+    "alpha": 0.35,
+    "B": 250,
+    "beta": 0.33,
+    "eta": 0.30,
+    "C": 0.12,
+    "eps": 0.05,
+    "gamma": 0.60,
+}
+BASE = {"M": 2.296, "T": 2.503}
+
+
+def theta(name: str, draws: int = 1, noise: float = 0.01) -> tuple[Floats, Floats]:
+    """Parameters of the domain and the general law: the set itself, then draws round it."""
+    domain, general = (DOMAIN, GENERAL) if name == "M" else (DOMAIN | {"B": 900}, GENERAL | {"B": 700})
+    rng = np.random.default_rng(5)
+    found = []
+    for values in (domain, general):
+        theta_P = LAW.fitted(values)
+        near_DP = theta_P + noise * rng.standard_normal((draws - 1, len(theta_P)))
+        found.append(np.concatenate([theta_P[None], near_DP]))
+    return found[0], found[1]
+
+
+def loss(theta_DP: Floats, n_params: float = N) -> Loss:
+    """The loss of these draws by (share, tokens)."""
+
+    def ask(share_G: Floats, tokens_G: Floats) -> Floats:
+        return LAW.loss(theta_DP, points(n_params=n_params, tokens=tokens_G, share=share_G))[0]
+
+    return ask
+
+
+def both(name: str, draws: int = 1) -> tuple[Loss, Loss]:
+    """Domain and general loss of a set."""
+    domain_DP, general_DP = theta(name, draws)
+    return loss(domain_DP), loss(general_DP)
