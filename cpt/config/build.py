@@ -1,9 +1,11 @@
 """A composed recipe to a `RunPlan`: the one entry that commands use.
 
-    compose (Hydra) → read (schema) → sources, base, tokenizer, model → stages in order → lr joined over them
-    → fingerprints → checked
+    compose (Hydra) → read (schema) → proxies of laws → sources, base, tokenizer, model → stages in order
+    → lr joined over them → fingerprints → checked
 
-Everything that is wrong is collected as far as one can see and reported together. Nothing is written.
+A recipe that takes values from a law is built twice once the law is there: with the values that stand in, for the
+fingerprints, then with the law's. Everything that is wrong is collected as far as one can see and reported together.
+Nothing is written.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.config import base as bases
+from cpt.config import laws as law_stages
 from cpt.config import machine
 from cpt.config import model as models
 from cpt.config import order as orders
 from cpt.config import sources as data
 from cpt.config import stages as stage_values
 from cpt.config.compose import Composed, compose
+from cpt.config.law_grid import Size, size_label
 from cpt.config.order import From
 from cpt.config.read import Reading, complete, make, overlay, read
 from cpt.config.schema import ROOT, Section, node_at
@@ -55,6 +59,7 @@ class _Work:
     cwd: Path
     cache: Path
     runs: Path
+    laws: law_stages.Laws = field(default_factory=law_stages.Laws)
     errors: list[CptError] = field(default_factory=list)
 
     @contextmanager
@@ -92,6 +97,7 @@ def plan(
     *,
     cwd: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
+    laws: Mapping[str, Path] | None = None,
 ) -> RunPlan:
     """The checked plan of a recipe.
 
@@ -100,20 +106,68 @@ def plan(
         overrides: `key=value` texts.
         cwd: folder that relative paths, `./recipes` and `./conf` are found in; None = the current one.
         environ: environment that `CPT_CACHE` is looked up in; None = the process's.
+        laws: by law stage that is done, its folder; None = look for one with an equal fingerprint among the runs.
 
     Raises:
         UsageError: something is written wrongly or points at nothing.
         PlanError: it reads well but cannot be run.
     """
     texts = [*([f"recipe={recipe}"] if recipe is not None else []), *overrides]
-    return from_composed(compose(texts, Path(cwd) if cwd else None), cwd=cwd, environ=environ)
+    return from_composed(compose(texts, Path(cwd) if cwd else None), cwd=cwd, environ=environ, laws=laws)
 
 
 def from_composed(
-    composed: Composed, *, cwd: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
+    composed: Composed,
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    laws: Mapping[str, Path] | None = None,
 ) -> RunPlan:
     """The checked plan of a composed recipe; see `plan`."""
-    work = _read(composed, Path(cwd or Path.cwd()).resolve(), os.environ if environ is None else environ)
+    here, variables = Path(cwd or Path.cwd()).resolve(), os.environ if environ is None else environ
+    draft = _build(composed, here, variables, {})
+    known = _known_laws(draft, laws)
+    if not known:
+        return draft
+    done = _build(composed, here, variables, known)
+    stages = {n: dataclasses.replace(s, fingerprint=draft.stages[n].fingerprint) for n, s in done.stages.items()}
+    return dataclasses.replace(done, stages=stages, id=draft.id, name=draft.name)
+
+
+def _known_laws(plan: RunPlan, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Any]]:
+    """What the laws give that later stages take values from, as far as they are fitted and may be used.
+
+    Raises:
+        PlanError: a law that was given as a file must not be used.
+    """
+    from cpt.stages import reuse
+
+    wanted = {value.partition(".")[0] for stage in plan.stages.values() for value in stage.law.values()}
+    found = {}
+    for name in wanted:
+        stage = plan.stages[name]
+        file = stage.options.get("file")
+        if file is not None:
+            folder: Path | None = Path(file)
+        else:
+            folder = folders.get(name) if folders is not None else reuse.find(plan, stage, Path("/"))
+        if folder is None:
+            continue
+        values, why = law_stages.result(folder)
+        if values:
+            found[name] = values
+        elif file is not None:
+            raise PlanError(f"the law in `{file}` must not be used: {why}", *law_stages.by_hand(plan, name))
+    return found
+
+
+def _build(
+    composed: Composed, cwd: Path, environ: Mapping[str, str], known: Mapping[str, Mapping[str, Any]]
+) -> RunPlan:
+    """The checked plan, with the values of the laws that are known."""
+    work = _read(composed, cwd, environ)
+    _expand_laws(work, known)
+    work.stop_if_wrong()
     sources = data.build_sources(work.values.get("sources") or {}, work.cwd, work.errors)
     checkpoint = _base(work)
     order = _order(work)
@@ -126,8 +180,35 @@ def from_composed(
     launcher = _launcher(work)
     stages, outside = _stages(work, order, sources, checkpoint)
     work.stop_if_wrong()
-    stages = _with_lr(work, stages, outside, checkpoint)
+    stages = law_stages.with_facts(_with_lr(work, stages, outside, checkpoint), model)
     return _finish(work, checkpoint, model, tokenizer, options, sources, stages, launcher, outside)
+
+
+def _expand_laws(work: _Work, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Proxies of law stages as stages of their own, and the values that laws give."""
+
+    def sizes(name: str, law: Mapping[str, Any], target: str | None) -> list[Size]:
+        others = [bases.find(text, None, "auto", work.cwd, work.runs) for text in law.get("bases") or ()]
+        found = [Size(size_label(c.model.num_parameters), str(c.path)) for c in others]
+        start = law.get("from") or (None if found else work.values["stages"].get(target, {}).get("from", "base"))
+        if start is not None:
+            scratch = start == "base" and (work.values.get("base") or {}).get("checkpoint") == "scratch"
+            found.insert(0, Size("", start, scratch))
+        labels = [size.label for size in found]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise UsageError(f"`stages.{name}.bases` has two checkpoints of {label or 'one'} parameters")
+        return found
+
+    for name, stage in work.values["stages"].items():
+        for key in ("file", "data") if stage.get("kind") == "law" else ():
+            if stage.get(key) is not None:
+                stage[key] = str((work.cwd / Path(stage[key]).expanduser()).resolve())
+        if stage.get("kind") == "law" and stage.get("file") is not None:
+            with work.catching(f"`stages.{name}.file`: "):
+                work.values["stages"][name] = law_stages.of_file(stage)
+    work.stop_if_wrong()
+    work.laws = law_stages.expand(work.values, known, sizes, work.errors)
 
 
 def _section(name: str) -> Section:
@@ -202,7 +283,7 @@ def _order(work: _Work) -> dict[str, From]:
     if len(found) < len(stages):
         return {}
     with work.catching():
-        return {name: found[name] for name in orders.order(found)}
+        return {name: found[name] for name in orders.order(found, work.laws.after)}
     return {}
 
 
@@ -257,6 +338,11 @@ def _stages(
             "kind": kind,
             "parent": target,
             "parent_at": None if parent.folder else parent.at,
+            "group": work.laws.group.get(name),
+            "after": work.laws.after.get(name, ()) if kind in ("law", "merged") else (),
+            "law": work.laws.taken.get(name, {}),
+            "assumed": name in work.laws.assumed,
+            "model": _own_model(name, parent, work, built, outside, checkpoint),
         }
         with work.catching(where):
             if kind == "train":
@@ -271,12 +357,31 @@ def _stages(
                     before=tuple(order)[: list(order).index(name)],
                     num_devices=devices,
                 )
-                _long_enough(name, merged)
+                _long_enough(work.laws.group.get(name, name), merged)
                 train = stage_values.build_train(merged, around)
                 built[name] = StagePlan(**common, keep=_keep(merged), train=train)
             else:
-                built[name] = StagePlan(**common, options=_options(kind, values, below, measured))
+                grid = work.laws.grids.get(name)
+                law = law_stages.options(name, values, grid, work.values) if grid is not None else None
+                built[name] = StagePlan(**common, options=law or _options(kind, values, below, measured))
     return built, outside
+
+
+def _own_model(
+    name: str,
+    parent: From,
+    work: _Work,
+    built: Mapping[str, StagePlan],
+    outside: Mapping[str, bases.Checkpoint],
+    checkpoint: bases.Checkpoint | None,
+) -> ModelConfig | None:
+    """The model of a proxy of another size, and of what comes from one; None = the run's."""
+    if parent.stage is not None and parent.stage in built:
+        return built[parent.stage].model
+    if name not in work.laws.group or name not in outside:
+        return None
+    own = outside[name].model
+    return own if checkpoint is None or own != checkpoint.model else None
 
 
 def _keep(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -418,6 +523,7 @@ def _finish(
         for name, c in {**outside, **({"base": checkpoint} if checkpoint is not None else {})}.items()
     }
     work.errors += check.broken(draft, facts, made.num_devices() if made is not None else None)
+    work.errors += law_stages.too_costly(draft)
     with work.catching():
         check_memory(draft, machine.devices())
     work.stop_if_wrong()
@@ -466,10 +572,11 @@ def warnings(plan: RunPlan) -> list[str]:
 def _tokenizer_warnings(plan: RunPlan) -> list[str]:
     """Where the run's tokenizer is not the one beside a Hugging Face folder that a stage starts from."""
     folders = {"base": plan.base.path if plan.base.kind == "hf" else None}
-    folders |= {n: s.parent for n, s in plan.stages.items() if s.parent not in (None, "base", *plan.stages)}
+    others = [s for s in plan.stages.values() if s.group is None and s.kind != "law"]
+    folders |= {s.name: s.parent for s in others if s.parent not in (None, "base", *plan.stages)}
     beside = {n: Path(f) for n, f in folders.items() if f is not None and (Path(f) / "config.json").is_file()}
-    others = {n: data.fit(f if (f / "tokenizer.json").is_file() else None, plan.tokenizer) for n, f in beside.items()}
-    return list(check.tokenizer_warnings(plan, {n: o for n, o in others.items() if o is not None}))
+    fits = {n: data.fit(f if (f / "tokenizer.json").is_file() else None, plan.tokenizer) for n, f in beside.items()}
+    return list(check.tokenizer_warnings(plan, {n: o for n, o in fits.items() if o is not None}))
 
 
 __all__ = ["ROOT", "from_composed", "plan", "together", "warnings"]

@@ -17,6 +17,7 @@ from cpt.base.registry import nearest
 from cpt.config.suggest import quote_hint
 
 NAME = re.compile(r"\w[\w-]{0,63}")
+LAW = re.compile(r"\$\{\s*law\s*:(.*)\}", re.DOTALL)
 AUTO = "auto"
 MOST = 10**18  # of any count: above it numbers no longer fit into a float exactly enough
 
@@ -34,6 +35,34 @@ class Kind:
     what: str
     read: Callable[[Any], Any]
     optional: bool = False
+
+
+@dataclass(frozen=True)
+class LawValue:
+    """`${law:mix.mixture}`: a value that the law stage `mix` gives once it is fitted."""
+
+    stage: str
+    key: str
+
+    @property
+    def text(self) -> str:
+        """As it is written."""
+        return f"${{law:{self.stage}.{self.key}}}"
+
+
+def law_value(value: object) -> LawValue | None:
+    """What a text refers to when it is a `${law:...}`; None for everything else.
+
+    Raises:
+        UsageError: it is one, but names no stage and key.
+    """
+    found = LAW.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return None
+    stage, _, key = found[1].strip().partition(".")
+    if not NAME.fullmatch(stage) or not key:
+        raise UsageError(f"`{value}` names no law", "written as `${law:STAGE.mixture}` or `${law:STAGE.replay}`")
+    return LawValue(stage, key)
 
 
 def _wanted(value: object, what: str, *hints: str) -> UsageError:
@@ -194,11 +223,27 @@ def _read_weights(value: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, weight in value.items():
         text = str(weight).strip()
-        share = units.parse_share(text) if text.endswith("%") else number(low=0).read(weight)
-        found[read_name(name)] = share
+        found[read_name(name)] = units.parse_share(text) if text.endswith("%") else number(low=0).read(weight)
     if not found or sum(found.values()) <= 0:
         raise UsageError("no source has a share above 0")
     return found
+
+
+def _read_shares(value: Any) -> tuple[float, ...]:
+    return tuple(units.parse_share(v) for v in _list(value, "shares"))
+
+
+def _read_mixtures(value: Any) -> tuple[dict[str, float], ...]:
+    found = tuple(_read_weights(v) for v in (value if isinstance(value, list) else [value]))
+    return tuple({n: w / sum(one.values()) for n, w in one.items() if w > 0} for one in found)
+
+
+def _read_part(value: Any) -> float:
+    """A part of something, also above 1: `35%`, `1.5`, `150%`."""
+    text = str(value).strip()
+    if text.endswith("%") and not isinstance(value, bool):
+        return number(low=0).read(text[:-1]) / 100
+    return number(low=0).read(value)
 
 
 def _read_free(value: Any) -> dict[str, Any]:
@@ -246,5 +291,8 @@ share = Kind("share", units.parse_share)
 size = Kind("amount [bytes]", units.parse_bytes)
 duration = Kind("length of time [s]", units.parse_duration)
 weights = Kind("shares by source", _read_weights)
+shares = Kind("list of shares", _read_shares)
+mixtures = Kind("list of shares by source", _read_mixtures)
+part = Kind("part", _read_part)
 free = Kind("mapping", _read_free)
 integers = Kind("list of whole numbers", _read_integers)

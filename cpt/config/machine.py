@@ -101,7 +101,7 @@ def _memory() -> int | None:
 def measured(plan: RunPlan) -> dict[str, Measured]:
     """By stage, the speed of a like stage (model, layout, lengths, precision) in the newest run that has one."""
     wanted = {
-        n: _likeness(to_json(plan.model), to_json(s.train)) for n, s in plan.stages.items() if s.train is not None
+        n: _likeness(to_json(plan.model_of(s)), to_json(s.train)) for n, s in plan.stages.items() if s.train is not None
     }
     found: dict[str, Measured] = {}
     for run, stages, model in _earlier(Path(plan.runs)):
@@ -109,7 +109,8 @@ def measured(plan: RunPlan) -> dict[str, Measured]:
             train = value.get("train") if isinstance(value, Mapping) else None
             if not isinstance(train, Mapping):
                 continue
-            like = [n for n, w in wanted.items() if n not in found and w == _likeness(model, train)]
+            shape = value.get("model") or model
+            like = [n for n, w in wanted.items() if n not in found and w == _likeness(shape, train)]
             speed = _speed(run / "stages" / name) if like else None
             if speed:
                 found |= {n: Measured(tokens_per_s=speed, run=run.name) for n in like}

@@ -68,36 +68,49 @@ def _at(text: str) -> int | str | None:
     return text if text == "pre_anneal" else _step(text)
 
 
-def order(parents: Mapping[str, From]) -> list[str]:
+def order(parents: Mapping[str, From], after: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """The stages so that parents come before their children, in the recipe's order where that leaves a choice.
+
+    Args:
+        parents: where each stage starts.
+        after: by stage, others that must be done before it too.
 
     Raises:
         PlanError: stages start from each other in a circle; all circles are named.
     """
     done: list[str] = []
     waiting = list(parents)
+    needs = {n: [*filter(None, [p.stage]), *(after or {}).get(n, ())] for n, p in parents.items()}
     while waiting:
-        ready = next((n for n in waiting if parents[n].stage is None or parents[n].stage in done), None)
+        ready = next((n for n in waiting if all(above in done for above in needs[n])), None)
         if ready is None:
-            errors: list[CptError] = [_circle(c) for c in _circles(waiting, parents)]
+            errors: list[CptError] = [_circle(c, parents) for c in _circles(waiting, needs)]
             raise PlanError(errors[0].message, *errors[0].hints, more=tuple(errors[1:]))
         done.append(ready)
         waiting.remove(ready)
     return done
 
 
-def _circles(names: Sequence[str], parents: Mapping[str, From]) -> list[list[str]]:
+def _circles(names: Sequence[str], needs: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The circles among stages that wait for each other, each once."""
     found: list[list[str]] = []
     for name in names:
         path = [name]
-        while (above := parents[path[-1]].stage) is not None and above not in path:
+        above: str | None = next((n for n in needs[name] if n in names), None)
+        while above is not None and above not in path:
             path.append(above)
+            above = next((n for n in needs[above] if n in names), None)
         if above == name and not any(set(path) == set(c) for c in found):
             found.append(path)
     return found
 
 
-def _circle(names: Sequence[str]) -> PlanError:
+def _circle(names: Sequence[str], parents: Mapping[str, From]) -> PlanError:
+    if not all(parents[a].stage == b for a, b in zip(names, [*names[1:], names[0]], strict=True)):
+        way = " → ".join(f"`{n}`" for n in [*names, names[0]])
+        return PlanError(
+            f"stages wait for each other in a circle: {way}", "a law comes before the stage that takes its values"
+        )
     if len(names) == 1:
         return PlanError(f"stage `{names[0]}` starts from itself", "`from: base` starts from the base model")
     way = " → ".join(f"`{n}`" for n in [*names, names[0]])

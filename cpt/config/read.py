@@ -65,7 +65,8 @@ def _node(node: Node, value: Any, path: Path_, reading: Reading) -> Any:
         value = {short: value}
     if isinstance(node, Key):
         try:
-            return node.kind.read(value)
+            law = _of_law(value, path)
+            return law if law is not None else node.kind.read(value)
         except CptError as error:
             reading.wrong(path, error)
             return None
@@ -79,6 +80,25 @@ def _node(node: Node, value: Any, path: Path_, reading: Reading) -> Any:
     if path[:1] == ("stages",) and len(path) == 2:
         return _stage(node, value, path, reading)
     return _section(node, value, path, reading)
+
+
+def _of_law(value: Any, path: Path_) -> Any:
+    """`${law:...}` where a law may give a value: a mixture or a share of it, a replay share. None without one.
+
+    Raises:
+        UsageError: it stands where no law gives a value.
+    """
+    if isinstance(value, Mapping) and path[:1] == ("stages",) and path[2:] == ("mixture",):
+        laws = {str(k): kinds.law_value(v) for k, v in value.items()}
+        if not any(laws.values()):
+            return None
+        plain = {k: v for k, v in value.items() if laws[str(k)] is None}
+        read = kinds.weights.read(plain) if any(v for v in plain.values()) else {}
+        return {k: law or read.get(k, 0.0) for k, law in laws.items()}
+    found = kinds.law_value(value)
+    if found is not None and not (path[:1] == ("stages",) and path[2:] in (("mixture",), ("replay", "share"))):
+        raise UsageError(f"a law gives no value here, `{value}`", "it gives a `mixture` and a `replay.share`")
+    return found
 
 
 def _mapping_hints(node: Node) -> list[str]:
@@ -200,7 +220,7 @@ def _stage(section: Section, value: Mapping[str, Any], path: Path_, reading: Rea
         return _section(section, value, path, reading)
     keys = {name: schema.STAGE_KEYS[name] for name in ("kind", "from")}
     options = schema.stage_options(kind)
-    keys |= {name: schema.TRAIN_KEYS.get(name, key) for name, key in options.items()}
+    keys |= options
     found = {}
     for name, below in value.items():
         if name in keys and below is not None:

@@ -225,7 +225,7 @@ STOP_IF = Section(
 )
 
 STAGE_KEYS: dict[str, Node] = {
-    "kind": Key(kinds.name, "what the stage does: train, convert, evaluate", "train"),
+    "kind": Key(kinds.name, "what the stage does: train, convert, evaluate, law", "train"),
     "from": Key(
         kinds.text,
         "where it starts: base, a stage, `stage@12000` (a step), `stage@pre_anneal`, a run or checkpoint folder",
@@ -240,6 +240,48 @@ STAGE_KEYS: dict[str, Node] = {
     "stop_if": STOP_IF,
     "checkpoint": CHECKPOINT,
 }
+
+LAW_RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Keys of a law stage as a person writes them; `config/laws.py` makes proxies and options of `stages/law.py` of them.
+LAW_KEYS: dict[str, Node] = {
+    "for": Key(kinds.name, "the train stage whose mixture is wanted", None, "the stage that takes a value of the law"),
+    "law": Key(kinds.name, "which law; `auto` takes the one with the smallest held-out error", None,
+               "dcpt; mixing for mixtures of several sources, and for weight averages"),
+    "domain": Key(kinds.weights, "sources of the domain; `ratio` is their share", None,
+                  "the mixture of the stage in `for`"),
+    "general": Key(kinds.weights, "the other sources", None, "what the stage in `for` replays, or all others"),
+    "ratios": Key(kinds.shares, "domain shares of the proxies, one proxy each", LAW_RATIOS),
+    "mixtures": Key(kinds.mixtures, "whole mixtures of the proxies, instead of `ratios`", (), "none"),
+    "runs": Key(kinds.optional(kinds.integer(3, 1000)), "so many mixtures spread over all sources, instead of `ratios`",
+                None, "none"),
+    "tokens": Key(kinds.count(), "length of one proxy", REQUIRED),
+    "every": Key(kinds.optional(kinds.count()), "measure a proxy every so many tokens", None, "a sixth of `tokens`"),
+    "bases": Key(kinds.texts, "further checkpoints of other sizes that proxies start from", (), "none"),
+    "lr": Section(
+        "lr of the proxies: constant after a warmup, so that each measurement is one of a finished run",
+        {
+            "peak": Key(kinds.number(above=0), "held after the warmup", None, "the peak of the stage in `for`"),
+            "warmup": Key(kinds.text, "length of the rise", "5%"),
+        },
+        short="peak",
+        replace=True,
+    ),
+    "train": Section("what proxies do otherwise than the stage in `for`, such as their layout or batch",
+                     {k: v for k, v in TRAIN_KEYS.items() if k not in ("evaluate", "seed")}),
+    "seed": Key(kinds.integer(0, 2**31 - 1), "of the sample order of proxies, of starts and resamples", None,
+                "that of the stage in `for`"),
+    "tolerance": Key(kinds.optional(kinds.part), "rise of the general loss above the base's that is allowed", None,
+                     "5%, unless `eps_g` is given"),
+    "eps_g": Key(kinds.optional(kinds.number(0, unit="nats/token")), "the same as an amount", None, "none"),
+    "max_cost": Key(kinds.part, "most that the proxies may cost, as a part of the compute of the stage in `for`", 0.35),
+    "how": Key(kinds.choice("runs", "merge"), "runs: a proxy for each mixture; merge: one for each source, whose "
+               "averaged weights stand for mixtures", "runs"),
+    "file": Key(kinds.optional(kinds.text), "a saved law, instead of proxies", None, "none"),
+    "data": Key(kinds.optional(kinds.text), "a table of finished runs, instead of proxies", None, "none"),
+    "draws": Key(kinds.integer(0, 10_000), "bootstrap resamples", 200),
+}  # fmt: skip
+# Options of a law stage that come from other keys, or from the plan.
+_LAW_FOUND = ("target", "target_tokens", "target_params", "target_decays", "warmup", "content")
 
 SOURCE = Section(
     "a corpus",
@@ -287,6 +329,8 @@ MODEL = Section(
     },
     optional=True,
 )
+
+STAGE = Section("a stage", {**STAGE_KEYS, **TRAIN_KEYS})
 
 ROOT = Section(
     "a run",
@@ -342,8 +386,7 @@ ROOT = Section(
         "cache": Key(kinds.text, "folder of prepared corpora and tokenizers", None, "CPT_CACHE or ./.cpt/cache"),
         "runs": Key(kinds.text, "folder that holds the run folders", "runs"),
         "ask_above": Key(kinds.optional(kinds.duration), "ask in a terminal before a longer run", None, "never"),
-        "stages": Named("the stages, by name; they follow each other through `from`", "stage",
-                        Section("a stage", {**STAGE_KEYS, **TRAIN_KEYS})),
+        "stages": Named("the stages, by name; they follow each other through `from`", "stage", STAGE),
     },
 )  # fmt: skip
 
@@ -404,11 +447,14 @@ def part_keys(part: Part, chosen: str | None) -> dict[str, Key]:
     return {part.select: pick, **part.extra, **options}
 
 
-def stage_options(kind: str) -> dict[str, Key]:
-    """Options of a stage kind other than `train`."""
+def stage_options(kind: str) -> dict[str, Node]:
+    """Options of a stage kind other than `train`; those that `train` has too are read as there."""
     from cpt.stages import STAGES
 
-    return options_of(STAGES.get(kind))
+    own = options_of(STAGES.get(kind))
+    if kind == "law":
+        return {**LAW_KEYS, **{k: v for k, v in own.items() if k not in LAW_KEYS and k not in _LAW_FOUND}}
+    return {name: TRAIN_KEYS.get(name, key) for name, key in own.items()}
 
 
 def children(node: Node) -> Mapping[str, Node]:
@@ -445,6 +491,8 @@ def node_at(path: tuple[str, ...]) -> Node | None:
             node = node.item
             continue
         below = children(node)
+        if part not in below and path[:1] == ("stages",) and node is STAGE:
+            below = LAW_KEYS
         if part not in below:
             return None
         node = below[part]

@@ -150,12 +150,13 @@ def budget(plan: RunPlan, devices: Devices, measured: Mapping[str, Measured] | N
     model, stages = plan.model, {}
     for name, stage in plan.stages.items():
         if stage.train is not None:
-            stages[name] = _stage(plan, model, stage, stage.train, devices, (measured or {}).get(name))
+            own = stage.model or model
+            stages[name] = _stage(plan, own, stage, stage.train, devices, (measured or {}).get(name))
     most = max((s.train.parallel.world_size for s in plan.stages.values() if s.train), default=1)
     precision = next((s.train.precision for s in plan.stages.values() if s.train), "fp32")
     one = checkpoint_bytes(model, precision)
-    exports = sum(1 for s in plan.stages.values() if s.kind == "convert")
-    disk = sum(s.disk for s in stages.values()) + exports * model.num_parameters * (2 if precision == "bf16" else 4)
+    exports = sum((s.model or model).num_parameters for s in plan.stages.values() if s.kind == "convert")
+    disk = sum(s.disk for s in stages.values()) + exports * (2 if precision == "bf16" else 4)
     return Budget(
         stages=stages,
         devices=devices,
@@ -174,13 +175,46 @@ def _measuring(plan: RunPlan, model: ModelConfig, devices: Devices) -> float | N
         if stage.kind == "evaluate":
             options = stage.options
             tokens = _held_out(plan, options.get("sources") or tuple(plan.sources), options.get("tokens") or 0)
-            length = options.get("seq_length") or model.max_position_embeddings
+            own = stage.model or model
+            length = options.get("seq_length") or own.max_position_embeddings
             ranks = (options.get("tp") or 1) * (options.get("pp") or 1) * (options.get("dp") or 1)
             speed = _flops_per_s(devices, ranks)
             if speed is None:
                 return None
-            found += tokens * flops_per_token(model, length) / 3 / speed
+            found += tokens * flops_per_token(own, length) / 3 / speed
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyCost:
+    """What the proxies of a law cost.
+
+    Args:
+        count: how many there are.
+        tokens: of all of them [tokens].
+        flops: 6·N·D, summed over them; N parameters, D tokens (Kaplan et al. 2020, arXiv:2001.08361).
+        share: of the same figure of the stage that the law is for; None when it is for none [fraction].
+    """
+
+    count: int
+    tokens: int
+    flops: float
+    share: float | None
+
+
+def proxy_cost(plan: RunPlan, law: str) -> ProxyCost:
+    """The cost of a law stage's proxies."""
+    proxies = [(s, s.train) for s in plan.stages.values() if s.group == law and s.train is not None]
+    flops = sum(_six(plan, stage, train) for stage, train in proxies)
+    target = plan.stages.get(str(plan.stages[law].options.get("target")))
+    real = _six(plan, target, target.train) if target is not None and target.train is not None else 0.0
+    tokens = sum(train.tokens for _, train in proxies)
+    return ProxyCost(count=len(proxies), tokens=tokens, flops=flops, share=flops / real if real else None)
+
+
+def _six(plan: RunPlan, stage: StagePlan, train: Train) -> float:
+    model = plan.model_of(stage)
+    return 6.0 * model.num_parameters * train.tokens if model is not None else 0.0
 
 
 def _held_out(plan: RunPlan, names: Sequence[str], most: int) -> int:
@@ -247,14 +281,13 @@ def check_memory(plan: RunPlan, devices: Devices) -> None:
     for name, stage in plan.stages.items():
         if stage.train is None:
             continue
-        needed = _needed(plan.model, stage.train, devices)
+        model = stage.model or plan.model
+        needed = _needed(model, stage.train, devices)
         if needed > devices.memory:
             where = "this machine" if devices.kind == "cpu" else "a device"
             has = show_bytes(devices.memory)
             ways = [
-                text
-                for text, train in _ways(name, stage.train)
-                if _needed(plan.model, train, devices) <= devices.memory
+                text for text, train in _ways(name, stage.train) if _needed(model, train, devices) <= devices.memory
             ]
             hints = ways[:2] or ["more devices or a smaller model are needed"]
             errors.append(

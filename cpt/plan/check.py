@@ -86,7 +86,11 @@ def _tokenizer(plan: RunPlan, outside: Mapping[str, Outside]) -> Iterator[CptErr
         )
     for name, facts in outside.items():
         other = facts.other_tokenizer
-        if other is not None and other.vocab_size != size and other.same_ids < SAME_IDS:
+        if name in plan.stages and plan.stages[name].kind == "law":
+            continue  # its proxies say it
+        if name in plan.stages and plan.stages[name].group is not None:
+            yield from _tokenizer_of_proxy(plan, plan.stages[name], facts)
+        elif other is not None and other.vocab_size != size and other.same_ids < SAME_IDS:
             yield PlanError(
                 f"`{plan.tokenizer.path}` has {size or 0:,} tokens, the tokenizer of "
                 f"{_whose(name)} {other.vocab_size:,}: {_same(other)}",
@@ -97,8 +101,28 @@ def _tokenizer(plan: RunPlan, outside: Mapping[str, Outside]) -> Iterator[CptErr
                 f"{_whose(name)} was trained with another tokenizer than `{plan.tokenizer.path}`",
                 "leave `tokenizer` out to take the base's own",
             )
-        if name != "base" and facts.model is not None and model is not None and _shape(facts.model) != _shape(model):
+        shaped = name != "base" and facts.model is not None and model is not None
+        own = name in plan.stages and plan.stages[name].group is not None
+        if shaped and not own and _shape(facts.model) != _shape(model):  # type: ignore[arg-type]
             yield PlanError(f"`stages.{name}.from` holds a model of another shape than the base")
+
+
+def _tokenizer_of_proxy(plan: RunPlan, stage: StagePlan, facts: Outside) -> Iterator[CptError]:
+    """Losses of models of several sizes can be compared only when all read the same tokens."""
+    model, size = facts.model, plan.tokenizer.vocab_size
+    where = f"`{stage.parent}`, which proxies of `{stage.group}` start from,"
+    if facts.other_tokenizer is not None and facts.other_tokenizer.same_ids < 1:
+        yield PlanError(
+            f"{where} has another tokenizer than the run: {_same(facts.other_tokenizer)}",
+            "`bases` takes checkpoints that share the run's tokenizer",
+        )
+    elif facts.tokenizer_hash and plan.tokenizer.hash and facts.tokenizer_hash != plan.tokenizer.hash:
+        yield PlanError(
+            f"{where} was trained with another tokenizer than the run's",
+            "`bases` takes checkpoints that share the run's tokenizer",
+        )
+    elif model is not None and size is not None and size > model.vocab_size:
+        yield PlanError(f"{where} has a vocabulary of {model.vocab_size:,} rows, the run's tokenizer {size:,} tokens")
 
 
 def _whose(name: str) -> str:
@@ -160,8 +184,14 @@ def _names(plan: RunPlan, stage: StagePlan) -> Iterator[CptError]:
 def _start(plan: RunPlan, stage: StagePlan, outside: Mapping[str, Outside]) -> Iterator[CptError]:
     """What a stage starts from, and what it may keep of that."""
     where = f"stages.{stage.name}"
+    above = plan.stages.get(stage.parent or "")
+    if above is not None and above.kind in ("law", "merged"):
+        kind = above.kind
+        hint = f"`${{law:{stage.parent}.mixture}}` takes the mixture from it" if kind == "law" else "name another stage"
+        yield PlanError(f"`{where}.from` is `{stage.parent}`, of kind `{kind}`, which leaves no weights", hint)
+        return
     if stage.parent is None:
-        if stage.kind != "train":
+        if stage.kind not in ("train", "law", "merged"):
             yield PlanError(f"`{where}` starts from `base`, which is `scratch`: there is nothing to {stage.kind}")
         if stage.keep:
             kept = ", ".join(f"`{k}`" for k in stage.keep)
@@ -245,7 +275,7 @@ def few(facts: SourceFacts) -> str:
 
 
 def _layout(plan: RunPlan, name: str, train: Train, num_devices: int | None) -> Iterator[CptError]:
-    layout, model = train.parallel, plan.model
+    layout, model = train.parallel, plan.model_of(plan.stages[name])
     where = f"stages.{name}.parallel"
     copies = train.micro_batch_size * layout.dp
     if train.global_batch_size % copies:
@@ -337,12 +367,51 @@ def warnings(plan: RunPlan, lr_before: Mapping[str, float], num_devices: int | N
     """
     found = [*_unused_sources(plan), *_not_measured(plan)]
     for stage in plan.stages.values():
-        if stage.train is not None:
+        if stage.kind == "law":
+            found += [*_law(plan, stage)]
+        if stage.train is not None and stage.group is None:
             found += [*_lr_jump(stage, stage.train, lr_before.get(stage.name))]
             found += [*_read_again(plan, stage, stage.train)]
             found += [*_positions(plan, stage.name, stage.train)]
             found += [*_idle(stage.name, stage.train, num_devices)]
     return [*found, *_many_passes(plan)]
+
+
+FAR_TOKENS, FAR_PARAMETERS = 8.0, 4.0  # a law asked further than these factors outside its runs says little
+
+
+def _law(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
+    """What a law stage cannot know about its target, said before its proxies run."""
+    target = plan.stages.get(str(stage.options.get("target")))
+    proxies = [(s, s.train) for s in plan.stages.values() if s.group == stage.name and s.train is not None]
+    if target is None or target.train is None or not proxies:
+        return
+    if decays(target.train):
+        yield (
+            f"the lr of `{target.name}` decays, and the proxies of `{stage.name}` hold theirs: "
+            f"the law is for a constant lr, so losses of `{target.name}` will lie lower than it says"
+        )
+    tokens = target.train.tokens / max(train.tokens for _, train in proxies)
+    if tokens > FAR_TOKENS:
+        times = f"{tokens:,.0f} times as long as the proxies of `{stage.name}`"
+        yield f"`{target.name}` is {times}: the law is extrapolated"
+    model, largest = plan.model_of(target), max(_parameters(plan, s) for s, _ in proxies)
+    if model is not None and largest and model.num_parameters / largest > FAR_PARAMETERS:
+        yield (
+            f"`{target.name}` is {model.num_parameters / largest:,.0f} times as large as the largest proxy of "
+            f"`{stage.name}`: the law is extrapolated"
+        )
+
+
+def decays(train: Train) -> bool:
+    """Whether a stage's lr ends lower than its peak."""
+    _, peak, last = train.lr.points
+    return last < 0.99 * peak
+
+
+def _parameters(plan: RunPlan, stage: StagePlan) -> int:
+    model = plan.model_of(stage)
+    return model.num_parameters if model is not None else 0
 
 
 def _unused_sources(plan: RunPlan) -> Iterator[str]:
@@ -403,7 +472,8 @@ def _read_again(plan: RunPlan, stage: StagePlan, train: Train) -> Iterator[str]:
 
 
 def _positions(plan: RunPlan, name: str, train: Train) -> Iterator[str]:
-    longest = plan.model.max_position_embeddings if plan.model is not None else None
+    model = plan.model_of(plan.stages[name])
+    longest = model.max_position_embeddings if model is not None else None
     if longest is not None and train.seq_length > longest:
         yield f"`{name}`: `seq_length` {train.seq_length:,} is more than the {longest:,} positions that the model knows"
 

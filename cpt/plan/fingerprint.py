@@ -2,6 +2,10 @@
 
 Not in it: names, paths, launcher, layout, micro batches, recomputation, logging, evaluation, saving.
 A corpus counts by the hash of its prepared tokens; until it is prepared, by the names, sizes and times of its files.
+
+A value that a law gives counts as the fingerprint of the law's stage and the key, so that a stage's fingerprint is the
+same before and after the law is there. The caller hands over stages with the values that stand in for them, which
+depend on nothing but the recipe. Of a proxy the measurements count too: they are what its law is fitted on.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from cpt.plan.types import RunPlan, StagePlan, Train, to_json
 
 FORMAT = 1
 LAYOUT = ("tp", "pp", "dp", "micro_batch_size")  # options of a stage that change its speed only
+_LAW_IGNORED = ("target", "file", "data", "max_cost")  # of a law stage: names and places; a file counts by its content
+_BY_SOURCE = ("domain", "general", "goal", "limits", "caps")  # options that are numbers by source
 
 
 def with_fingerprints(plan: RunPlan, outside: Mapping[str, str], curves: Mapping[str, Sequence[float]]) -> RunPlan:
@@ -46,10 +52,10 @@ def stage_content(
     curve: Sequence[float],
 ) -> dict[str, Any]:
     """What a stage's fingerprint is taken of."""
-    model = to_json(plan.model)
+    model = to_json(plan.model_of(stage))
     if model is not None:
         del model["hf_config"]
-    return {
+    content = {
         "format": FORMAT,
         "kind": stage.kind,
         "parent": _parent(plan, stage, before, outside),
@@ -60,6 +66,22 @@ def stage_content(
         "train": _train(plan, stage.train, curve) if stage.train is not None else None,
         "options": _options(plan, stage),
     }
+    # Only where there are any: stages without them keep the fingerprints that they have always had.
+    if stage.after:
+        content["after"] = [before[name].fingerprint for name in stage.after]
+    if stage.group is not None and stage.train is not None:
+        evaluate = stage.train.evaluate
+        names = sorted(content_of(plan, name) for name in evaluate.sources)
+        content["evaluate"] = [names, evaluate.every_steps, evaluate.tokens]
+    if stage.law:
+        content["law"] = [[key, *_value_of(value, before)] for key, value in sorted(stage.law.items())]
+    return content
+
+
+def _value_of(value: str, before: Mapping[str, StagePlan]) -> tuple[str, str]:
+    """What stands for a law's value: the fingerprint of the law's stage, and the key."""
+    law, _, key = value.partition(".")
+    return before[law].fingerprint, key
 
 
 def _parent(plan: RunPlan, stage: StagePlan, before: Mapping[str, StagePlan], outside: Mapping[str, str]) -> Any:
@@ -112,4 +134,9 @@ def _options(plan: RunPlan, stage: StagePlan) -> dict[str, Any]:
     options = {k: v for k, v in to_json(stage.options).items() if k not in LAYOUT}
     if "sources" in options:
         options["sources"] = [content_of(plan, name) for name in sorted(options["sources"])]
+    if stage.kind == "law":
+        options = {k: v for k, v in options.items() if k not in _LAW_IGNORED}
+        options |= {k: _shares(plan, options[k]) for k in _BY_SOURCE if k in options}
+    if "mixtures" in options:
+        options["mixtures"] = [_shares(plan, mixture) for mixture in options["mixtures"]]
     return options

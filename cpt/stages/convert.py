@@ -91,11 +91,12 @@ def _to_native(plan: RunPlan, job: Job, stage_dir: Path) -> Path:
 
     if job.start != "hf":
         raise UsageError(f"stage `{job.stage}` converts to native, but `{job.parent}` is native already")
-    assert plan.model is not None and job.parent is not None
+    model = plan.model_of(plan.stages[job.stage])
+    assert model is not None and job.parent is not None
     layout = Parallel(distributed_optimizer=False)
     distributed.init(layout, int(os.environ.get("RANK", "0")), 1)
     try:
-        engine = megatron.build(plan.model, layout, precision="fp32", optimizer=None, seed=0)
+        engine = megatron.build(model, layout, precision="fp32", optimizer=None, seed=0)
         hf.load(engine, job.parent)
         origin = Origin(
             stage=job.stage,

@@ -60,7 +60,8 @@ class EvaluateStage(StageKind):
         from cpt.stages.train import reporter, valid_sets
 
         options = cls(**plan.stages[job.stage].options)
-        if job.parent is None or plan.model is None:
+        model = plan.model_of(plan.stages[job.stage])
+        if job.parent is None or model is None:
             raise UsageError(f"stage `{job.stage}` has nothing to measure: the run starts from scratch")
         stop = StopFlag()
         stop.install()
@@ -86,7 +87,7 @@ class EvaluateStage(StageKind):
                 parent=job.parent,
                 resumed=False,
             )
-            engine = megatron.build(plan.model, layout, precision=options.precision, optimizer=None)
+            engine = megatron.build(model, layout, precision=options.precision, optimizer=None)
             if job.start == "hf":
                 hf.load(engine, job.parent)
             else:

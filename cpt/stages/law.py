@@ -5,7 +5,7 @@
 `config/laws.py` makes a train stage of each proxy run (`StagePlan.group` is this stage's name) and puts them before it;
 this stage reads what they measured, fits, and leaves in its folder
 
-    law.json     the fitted law with its draws and the recommendation: what `${law:mix.ratio}` and its like are read from
+    law.json     the fitted law with its draws and the recommendation: where `${law:mix.ratio}` and its like come from
     table.csv    what it was fitted on
     law.html     the same as a page
 
@@ -66,7 +66,7 @@ class LawStage(StageKind):
     law: str = "dcpt"
     domain: Mapping[str, float] = field(default_factory=dict)
     general: Mapping[str, float] = field(default_factory=dict)
-    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    ratios: tuple[float, ...] = ()
     mixtures: tuple[Mapping[str, float], ...] = ()
     tokens: int = 0
     every: int = 0
@@ -95,7 +95,9 @@ class LawStage(StageKind):
     @classmethod
     def work(cls, plan: RunPlan, job: Job) -> int:
         """Collect, fit, recommend, write."""
-        raise NotImplementedError
+        from cpt.stages import law_work
+
+        return law_work.work(plan, job)
 
 
 def proxies_of(plan: RunPlan, law: str) -> dict[str, StagePlan]:

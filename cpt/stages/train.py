@@ -39,7 +39,7 @@ class TrainStage(StageKind):
         from cpt.engine.signals import StopFlag
 
         stage = plan.stages[job.stage]
-        assert stage.train is not None and plan.model is not None
+        assert stage.train is not None and plan.model_of(stage) is not None
         stop = StopFlag()
         stop.install()
         rank, world_size, local_rank = distributed.place()
@@ -99,9 +99,10 @@ class _Rank:
         from cpt.engine.loop import Loop
 
         train = self.train
-        assert self.plan.model is not None
+        model = self.plan.model_of(self.stage)
+        assert model is not None
         engine = megatron.build(
-            self.plan.model,
+            model,
             train.parallel,
             precision=train.precision,
             optimizer=train.optimizer,
