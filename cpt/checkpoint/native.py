@@ -16,6 +16,7 @@ import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +292,7 @@ def load(
             verify.check_main_weights(source, part=ranks.rank, parts=ranks.size)
         all_places, _ = states.places(engine)
         for place in all_places:
-            _check_shape(source, place)
+            check_shape(source, place)
     with ranks.together():
         _load_weights(engine, source, all_places)
         if optimizer:
@@ -320,7 +321,8 @@ def open_folder(folder: Path) -> tuple[Folder, Manifest | None]:
     return Folder(folder), None
 
 
-def _check_shape(source: Folder, place: states.Place) -> None:
+def check_shape(source: Folder, place: states.Place) -> None:
+    """Refuse a checkpoint that lacks a parameter of an engine, or has it in another shape."""
     for piece in place.pieces(place.parameter.detach()):
         key, prepended = _find(source, piece)
         if key is None:
@@ -381,14 +383,20 @@ def _load_weights(engine: Engine, source: Folder, all_places: list[states.Place]
 
     with torch.no_grad():
         for place in all_places:
-            prefix = ""
-            if place.parameter.dtype == torch.float32:
-                # An fp32 engine takes the unrounded weights of a bf16 checkpoint.
-                piece = place.pieces(place.parameter.detach())[0]
-                main = f"{states.PREFIX}param."
-                if _find(source, piece, main)[0] is not None:
-                    prefix = main
-            _read(source, place, prefix, place.parameter.detach(), 0, place.parameter.numel())
+            read_weight(source, place, place.parameter.detach())
+
+
+def read_weight(source: Folder, place: states.Place, out: torch.Tensor) -> None:
+    """Fill `out`, of a parameter's shape, with its weight; in fp32 with the unrounded one where there is one."""
+    import torch
+
+    prefix = ""
+    if out.dtype == torch.float32:
+        # A bf16 checkpoint keeps fp32 main weights beside the rounded ones.
+        main = f"{states.PREFIX}param."
+        if _find(source, place.pieces(out)[0], main)[0] is not None:
+            prefix = main
+    _read(source, place, prefix, out, 0, out.numel())
 
 
 def _load_optimizer(engine: Engine, source: Folder, all_places: list[states.Place], moments: bool) -> None:
@@ -485,16 +493,39 @@ def tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, torch.Tensor]
     One process, no process group, no Megatron.
     """
     source, _ = open_folder(Path(folder))
+    for name, part in stored(source):
+        yield name, part.read(source)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight lies: a tensor of the checkpoint, or one layer of it."""
+
+    key: str
+    layer: int | None = None
+
+    def read(self, source: Folder, *, main: bool = False) -> torch.Tensor:
+        """The weight; with `main` the unrounded one where the checkpoint has it."""
+        key = self.key
+        if main:
+            key = next((prefix + key for prefix in verify.MAIN if prefix + key in source), key)
+        if self.layer is None:
+            return source.read(key)
+        shape = source.tensors[key].shape
+        return source.read(key, (self.layer, *[0] * (len(shape) - 1)), (1, *shape[1:]))[0]
+
+
+def stored(source: Folder) -> Iterator[tuple[str, Stored]]:
+    """(Megatron name with one key a layer, where it lies) of every model weight."""
     for key in source:
         head, stacked, tail = key.partition("layers.")
         if not is_weight(key):
             continue
         if not stacked or tail[:1].isdigit():
-            yield key, source.read(key)
-            continue
-        layers, *shape = source.tensors[key].shape
-        for i in range(layers):
-            yield f"{head}layers.{i}.{tail}", source.read(key, (i, *[0] * len(shape)), (1, *shape))[0]
+            yield key, Stored(key)
+        else:
+            for i in range(source.tensors[key].shape[0]):
+                yield f"{head}layers.{i}.{tail}", Stored(key, i)
 
 
 def is_weight(key: str) -> bool:

@@ -41,6 +41,6 @@ STAGES: Registry[type[StageKind]] = Registry("stage kind")
 
 
 # A kind registers itself when its file is read.
-from cpt.stages import convert, evaluate, law, train  # noqa: E402
+from cpt.stages import convert, evaluate, law, merged, train  # noqa: E402
 
-__all__ = ["STAGES", "StageKind", "convert", "evaluate", "law", "train"]
+__all__ = ["STAGES", "StageKind", "convert", "evaluate", "law", "merged", "train"]
