@@ -13,7 +13,6 @@ import numpy as np
 
 from cpt.laws.rows import Floats, Rows
 
-
 Curve = tuple[Floats, Floats]  # log tokens, rising, and the loss there
 
 
