@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from cpt.plan.types import RunPlan
     from cpt.report.terminal import Display
     from cpt.report.wandb import WandbSink
-    from cpt.stages.run import Result
+    from cpt.stages.run import Rebuild, Result
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing, as `cpt plan` does.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again in a new folder; the old one stays as it is.")]
@@ -35,17 +36,45 @@ def command(
     json: Json = False,
 ) -> int:
     """Do what a recipe says, or go on with what is not done yet; the same command goes on after any stop."""
-    from cpt.cli.flags import talk
     from cpt.config import build
-    from cpt.stages.run import Settings, run
+    from cpt.config.compose import compose
 
     if dry_run:
         from cpt.cli import plan
 
         plan.command(overrides=overrides, json=json)
         return 0
-    texts = list(overrides or [])
-    first = build.plan(None, texts)
+    composed = compose(list(overrides or []))  # once: a recipe that is edited meanwhile changes nothing
+    return go(
+        lambda laws: build.from_composed(composed, laws=laws),
+        fresh=fresh,
+        accept_changes=accept_changes,
+        yes=yes,
+        every=every,
+        json=json,
+    )
+
+
+def go(
+    make: Rebuild,
+    *,
+    fresh: bool = False,
+    accept_changes: bool = False,
+    yes: bool = False,
+    every: int | None = None,
+    json: bool = False,
+    finish: Callable[[Result, Screen, bool], int] | None = None,
+) -> int:
+    """Do what a plan says, on the screen.
+
+    Args:
+        make: makes the plan.
+        finish: says how it ended; None = with the table, the report and the next command.
+    """
+    from cpt.cli.flags import talk
+    from cpt.stages.run import Settings, run
+
+    first = make(None)
     if not json and not talk.quiet:
         _show_plan(first)
     if not yes and not _agreed(first):
@@ -59,10 +88,10 @@ def command(
     )
     screen = Screen(quiet=talk.quiet, every=every)
     try:
-        result = run(first, lambda: build.plan(None, texts), settings, screen.tell, screen.started)
+        result = run(first, make, settings, screen.tell, screen.started)
     finally:
         screen.close()
-    return _finish(result, screen, json)
+    return (finish or _finish)(result, screen, json)
 
 
 class Screen:
@@ -237,7 +266,7 @@ def _next(result: Result) -> str:
     """A command worth trying next: let the last model speak."""
     import shlex
 
-    trained = [name for name, stage in result.plan.stages.items() if stage.kind == "train"]
+    trained = [n for n, stage in result.plan.stages.items() if stage.kind == "train" and stage.group is None]
     if not trained:
         return f"cpt status {shlex.quote(os.path.relpath(result.run_dir))}"
     folder = os.path.relpath(result.run_dir / "stages" / trained[-1])

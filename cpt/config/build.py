@@ -140,7 +140,7 @@ def _known_laws(plan: RunPlan, folders: Mapping[str, Path] | None) -> dict[str, 
     Raises:
         PlanError: a law that was given as a file must not be used.
     """
-    from cpt.stages import reuse
+    from cpt.stages import law_values, reuse
 
     wanted = {value.partition(".")[0] for stage in plan.stages.values() for value in stage.law.values()}
     found = {}
@@ -153,11 +153,11 @@ def _known_laws(plan: RunPlan, folders: Mapping[str, Path] | None) -> dict[str, 
             folder = folders.get(name) if folders is not None else reuse.find(plan, stage, Path("/"))
         if folder is None:
             continue
-        values, why = law_stages.result(folder)
+        values, why = law_values.result(folder)
         if values:
             found[name] = values
         elif file is not None:
-            raise PlanError(f"the law in `{file}` must not be used: {why}", *law_stages.by_hand(plan, name))
+            raise PlanError(f"the law in `{file}` must not be used: {why}", *law_values.by_hand(plan, name))
     return found
 
 

@@ -275,18 +275,6 @@ def too_costly(plan: RunPlan) -> Iterator[PlanError]:
         yield over_cost(name, cost.share, most, int(proxy.steps * most / cost.share) * per_step)
 
 
-def by_hand(plan: RunPlan, law: str) -> list[str]:
-    """How to go on without a law: give its values by hand."""
-    hints = []
-    for name, stage in plan.stages.items():
-        for key, value in stage.law.items():
-            if value.partition(".")[0] == law and stage.train is not None:
-                names = ", ".join(f"{source}: ..." for source in stage.train.mixture)
-                given = f"{{{names}}}" if key == "mixture" else "..."
-                hints.append(f"`stages.{name}.{key}={given}` gives it by hand")
-    return hints
-
-
 def over_cost(name: str, share: float, most: float, tokens: int) -> PlanError:
     """The error for proxies that cost more than they may.
 
@@ -308,23 +296,3 @@ def over_cost(name: str, share: float, most: float, tokens: int) -> PlanError:
 
 def _ceil_percent(share: float) -> int:
     return -int(-100 * share // 1)
-
-
-def result(folder: Path) -> tuple[dict[str, Any], str]:
-    """What a fitted law gives, and why it must not be used: one of the two is empty.
-
-    Args:
-        folder: of the law's stage, or the file.
-
-    Raises:
-        UsageError: there is none, or it cannot be read.
-    """
-    from cpt.laws.saved import SavedLaw
-
-    saved = SavedLaw.load(folder)
-    values = saved.values()
-    if saved.unfit:
-        return {}, "; ".join(saved.unfit)
-    if not values.get("mixture"):
-        return {}, saved.no_recommendation or "it recommends no mixture"
-    return values, ""

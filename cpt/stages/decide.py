@@ -106,8 +106,12 @@ def changes(old: RunPlan, new: RunPlan, stage: str | None = None) -> list[str]:
     for name in dict.fromkeys([*old.stages, *new.stages]):
         if stage is None and (name in old.stages) != (name in new.stages):
             found.append(f"stage `{name}` is {'new' if name in new.stages else 'no longer there'}")
+    # What a law gave since is no change: both plans ask for it.
+    same = {n for n, s in new.stages.items() if n in old.stages and old.stages[n].fingerprint == s.fingerprint != ""}
     for one in diff(old, new):
         parts = one.key.split(".")
+        if parts[0] == "stages" and parts[1] in same:
+            continue
         if parts[0] == "stages" and not (parts[1] in old.stages and parts[1] in new.stages):
             continue  # said above in one line
         if one.changes_result and (stage is None or _concerns(one.key, stage, new)):

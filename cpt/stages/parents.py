@@ -8,14 +8,22 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint import manifest, store
 from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import state
+from cpt.stages.law import RESULT
 
 
 def resolve(plan: RunPlan, stage: StagePlan, run_dir: Path) -> tuple[str, Path | None]:
     """What a stage starts from: (`scratch` | `hf` | `native`, folder).
 
     Raises:
-        UsageError: the parent stage is not done, or what it left is gone.
+        UsageError: the parent stage is not done, or what it left is gone; or another stage that it reads from is not.
     """
+    for name in stage.after:
+        found = state.read(run_dir / "stages" / name)
+        if found.status != state.DONE:
+            raise UsageError(f"stage `{stage.name}` reads the result of `{name}`, which is {found.status}, not done")
+    if stage.assumed:
+        laws = ", ".join(f"`{value.partition('.')[0]}`" for value in stage.law.values())
+        raise UsageError(f"stage `{stage.name}` takes a value from the law {laws}, which is not there yet")
     parent = stage.parent
     if parent is None:
         return "scratch", None
@@ -87,6 +95,8 @@ def missing_result(stage: StagePlan, stage_dir: Path) -> str | None:
         found = manifest.read(newest)
         if found.phase != "end":
             return f"its newest whole checkpoint `{newest}` is of step {found.step:,}, not of its end"
+    elif stage.kind == "law" and not (stage_dir / RESULT).is_file():
+        return f"`{stage_dir / RESULT}` is missing"
     elif stage.kind == "convert":
         name = "hf/config.json" if stage.options.get("to", "hf") == "hf" else "checkpoints"
         if not (stage_dir / name).exists():

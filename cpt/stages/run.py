@@ -2,6 +2,7 @@
 
     plan ─▶ prepare tokenizer and corpora ─▶ the plan again, by content hashes ─▶ run folder, lock
         ─▶ for each stage: decide (keep, re-use, run, refuse) ─▶ attempt ─▶ ranks ─▶ state
+           └─ behind a law: the plan again, with the values that the law gives
 
 A second call does only what is not done, and says why.
 """
@@ -26,11 +27,14 @@ from cpt.base.files import read_json, write_json
 from cpt.launch import LAUNCHERS, Launch, Launcher
 from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import attempt as attempts
-from cpt.stages import decide, lock, parents, record, reuse, state
+from cpt.stages import decide, law_values, lock, parents, record, reuse, state
 from cpt.stages.decide import Decision
 from cpt.stages.follow import Stop, follow
 from cpt.stages.guard import guard_text
 from cpt.stages.prepare import Prepared, prepare
+
+# Makes the plan again: with the laws of these folders, by law stage; None = with those that lie among the runs.
+Rebuild = Callable[[Mapping[str, Path] | None], RunPlan]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Result:
 
 def run(
     plan: RunPlan,
-    rebuild: Callable[[], RunPlan],
+    rebuild: Rebuild,
     settings: Settings,
     tell: Callable[[Event], None],
     started: Callable[[Result], None] = lambda result: None,
@@ -78,7 +82,7 @@ def run(
 
     Args:
         plan: may hold estimates of corpora that are not prepared yet.
-        rebuild: makes the plan again once data is prepared.
+        rebuild: makes the plan again once data is prepared, and once a law is there.
         tell: takes every event: the run's own, and those of stages with `stage` added. Its errors never stop a run.
         started: called once the run folder is known and locked.
 
@@ -110,7 +114,7 @@ def run(
             result = Result(run_dir, plan)
             started(result)
             try:
-                _Stages(result, settings, diary, stop, held, environment, changes).all()
+                _Stages(result, rebuild, settings, diary, stop, held, environment, changes).all()
             except CptError as error:
                 result.error = error
             except OSError as error:
@@ -131,9 +135,9 @@ def _disk_full(run_dir: Path, settings: Settings) -> EnvironmentProblem:
     )
 
 
-def _prepare(plan: RunPlan, rebuild: Callable[[], RunPlan], diary: _Diary) -> tuple[RunPlan, Prepared]:
+def _prepare(plan: RunPlan, rebuild: Rebuild, diary: _Diary) -> tuple[RunPlan, Prepared]:
     prepared = prepare(plan, diary.write)
-    plan = rebuild()
+    plan = rebuild(None)
     unpinned = [n for n, s in plan.sources.items() if n in prepared.corpora and (s.facts is None or s.facts.estimated)]
     assert not unpinned, f"prepared sources are not known to the plan: {unpinned}"
     return plan, prepared
@@ -262,6 +266,7 @@ class _Stages:
     def __init__(
         self,
         result: Result,
+        rebuild: Rebuild,
         settings: Settings,
         diary: _Diary,
         stop: Stop,
@@ -271,6 +276,8 @@ class _Stages:
     ) -> None:
         self.result = result
         self.plan, self.run_dir = result.plan, result.run_dir
+        self.rebuild = rebuild
+        self.laws: dict[str, Path] = {}  # folders of the law stages that are done
         self.settings, self.diary, self.stop, self.held = settings, diary, stop, held
         self.environment = environment
         self.changes = changes
@@ -291,8 +298,10 @@ class _Stages:
     def all(self) -> None:
         """Raises a `CptError` for every end but "all done"."""
         try:
-            for stage in self.plan.stages.values():
-                self._one(stage)
+            for name in list(self.plan.stages):
+                self._one(self.plan.stages[name])
+                if self.plan.stages[name].kind == "law":
+                    self._take_law(name)
         except CptError as error:
             self._snapshot(status={SAVED: "saved", GUARD: "guard"}.get(error.exit_code, "failed"), reason=error.message)
             raise
@@ -303,6 +312,8 @@ class _Stages:
 
     def _one(self, stage: StagePlan) -> None:
         folder = attempts.stage_dir(self.run_dir, stage.name)
+        if stage.assumed:
+            raise law_values.refusal(self.plan, stage, self.run_dir)
         decision = self._decide(stage, folder)
         self.result.decisions.append(decision)
         if decision.action == decide.REFUSE:
@@ -321,6 +332,22 @@ class _Stages:
             state.write(folder, dataclasses.replace(state_before, status=state.PENDING, reference=None))
         self._mark(stage, state.RUNNING, decision.why)
         self._attempt(stage)
+
+    def _take_law(self, law: str) -> None:
+        """Make and write the plan again with what a law gives; one that must not be used leaves it as it is."""
+        self.laws[law] = state.home(attempts.stage_dir(self.run_dir, law))
+        if not law_values.users(self.plan, law):
+            return
+        plan = self.rebuild(self.laws)
+        if plan.id != self.plan.id:
+            raise UsageError(
+                "the data or the base checkpoint have changed since the run began", f"`{self.again}` says what differs"
+            )
+        self.plan = self.result.plan = dataclasses.replace(plan, name=self.plan.name)
+        record.write_plan(self.run_dir, self.plan)
+        values, _ = law_values.result(self.laws[law])
+        if values:
+            self.diary.note(law_values.taken(self.plan, law, values))
 
     def _decide(self, stage: StagePlan, folder: Path) -> Decision:
         found = state.read(folder)
