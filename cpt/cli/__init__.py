@@ -49,7 +49,8 @@ COMMANDS = {
     "ckpt": Command(DATA, "List, show and verify checkpoints"),
     "convert-ckpt": Command(DATA, "Convert a checkpoint to another format"),
     "sample": Command(DATA, "Print a continuation of a text by a checkpoint"),
-    "fit-law": Command(LAWS, "Fit a law to small runs"),
+    "fit-law": Command(LAWS, "Fit a law to small runs and ask it for the best mixture"),
+    "predict": Command(LAWS, "Losses that a saved law predicts, or the mixture it recommends"),
     "doctor": Command(SETUP, "Check machine, packages and data for what is missing"),
 }
 

@@ -51,6 +51,7 @@ class SavedTarget:
         objective: of the fit.
         heldout: mean relative error on rows left out; None when nothing could be left out [fraction].
         in_sample: the same on the fit's own rows [fraction].
+        lowest_share: below this share of the measured corpus the law does not hold; None when nobody looked [fraction].
     """
 
     name: str
@@ -61,6 +62,7 @@ class SavedTarget:
     objective: float
     heldout: float | None
     in_sample: float | None
+    lowest_share: float | None = None
 
     def loss(self, points: Rows) -> Floats:
         """loss_DR at points [nats/token]; row 0 the fit."""
