@@ -52,7 +52,7 @@ def asked_size(table: Table, settings: Settings) -> float | None:
         says = "one model size says" if len(sizes) == 1 else "two model sizes say"
         raise UsageError(
             f"`n_params` is {show_count(size)}, the table has {there}, and {says} nothing about others",
-            "add runs of three sizes or more, or answer all the same with `force=true`",
+            "add runs of three sizes or more, or answer all the same with `--force`",
         )
     return size
 
@@ -217,7 +217,7 @@ def _allocation(table: Table, fits: Fits, settings: Settings) -> Recommendation:
     if len(np.unique(table.n_params)) < 3 and not settings.force:
         raise UsageError(
             "`compute` is split between size and tokens, and two model sizes do not say how the loss goes on with size",
-            "add runs of a third size, or answer all the same with `force=true`",
+            "add runs of a third size, or answer all the same with `--force`",
         )
     if table.tokens is None or len(np.unique(table.tokens)) < 2:
         raise UsageError("`compute` is split between size and tokens, and the table has one token count")
