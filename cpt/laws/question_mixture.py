@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cpt.laws.additive import FLOOR
+from cpt.laws.recommend.convexity import smallest_share, why_not_convex
 from cpt.laws.recommend.distance import distance
-from cpt.laws.recommend.multi_domain import Mixture, SharesLoss, mixture
+from cpt.laws.recommend.multi_domain import Mixture, mixture
+from cpt.laws.recommend.programme import SharesLoss
 from cpt.laws.result import Estimate, Recommendation, TargetFit
 from cpt.laws.rows import Floats, points
 from cpt.laws.settings import Settings
@@ -34,6 +35,7 @@ def recommend_mixture(
     """
     unique = {name: float(np.max(values)) for name, values in table.unique_tokens.items() if name in table.corpora}
     goal = dict(settings.goal) or {name: 1 / len(fits) for name in fits}
+    matters = [name for name in fits if goal.get(name) or name in settings.limits]
     draws = min(len(fit.theta_DP) for fit in fits.values())
     found = mixture(
         {name: _along(fit, n_params, tokens) for name, fit in fits.items()},
@@ -44,8 +46,8 @@ def recommend_mixture(
         caps=settings.caps,
         unique_tokens=unique,
         max_epochs=settings.epochs if unique else None,
-        smallest=FLOOR if any(fit.law.name == "additive" for fit in fits.values()) else 0.0,
-        convex=all(_convex(fit) for name, fit in fits.items() if goal.get(name) or name in settings.limits),
+        smallest=max(smallest_share(fit.law) for fit in fits.values()),
+        convex=not any(why_not_convex(fits[name].law, fits[name].theta_DP[0]) for name in matters),
         draws=draws,
         seed=settings.seed,
     )
@@ -60,15 +62,6 @@ def _along(fit: TargetFit, n_params: float | None, tokens: float | None) -> Shar
         return fit.law.loss(fit.theta_DP[which], asked)[0]
 
     return loss
-
-
-def _convex(fit: TargetFit) -> bool:
-    """The fitted loss is convex in the shares: exponentials of a linear form are, and so is 1 over a sum of powers
-    up to 1."""
-    if fit.law.name == "mixing":
-        return True
-    gammas = [e.value for name, e in fit.params.items() if name.startswith("gamma_")]
-    return fit.law.name == "additive" and not getattr(fit.law, "joint", False) and all(g <= 1 for g in gammas)
 
 
 def _answer(

@@ -16,7 +16,8 @@ from cpt.laws.dcpt import DCPT
 from cpt.laws.law import Law
 from cpt.laws.mixing import Mixing
 from cpt.laws.recommend.convexity import smallest_share, why_not_convex
-from cpt.laws.recommend.multi_domain import SharesLoss, mixture
+from cpt.laws.recommend.multi_domain import mixture
+from cpt.laws.recommend.programme import SharesLoss
 from cpt.laws.rows import Floats, points
 
 CORPORA = ("web", "code", "math")
