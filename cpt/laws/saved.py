@@ -260,11 +260,16 @@ class SavedLaw:
                 "fit it again from its table",
             )
         try:
-            return cls._from(value, path)
+            found = cls._from(value, path)
+            if plain(found.values()) != value["values"]:
+                raise UsageError(f"`values` in `{path}` were changed after the law was fitted", "fit it again")
+            return found
         except CptError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, OverflowError) as error:
-            raise UsageError(f"`{path}` is damaged: {type(error).__name__}: {str(error).splitlines()[:1]}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, ArithmeticError) as error:
+            raise UsageError(
+                f"`{path}` is damaged: {type(error).__name__} {(str(error) or '?').splitlines()[0][:200]}"
+            ) from None
 
     @classmethod
     def _from(cls, value: Mapping[str, Any], path: Path) -> SavedLaw:
@@ -309,7 +314,7 @@ class SavedLaw:
             unfit=tuple(str(reason) for reason in value["unfit"]),
             recommendation=None if value["recommendation"] is None else dict(value["recommendation"]),
             no_recommendation=str(value["no_recommendation"]),
-            groups={k: dict(v) for k, v in value["groups"].items()},
+            groups={k: {source: float(part) for source, part in v.items()} for k, v in value["groups"].items()},
             warnings=tuple(dict(w) for w in value["warnings"]),
             cpt=str(value["cpt"]),
         )
