@@ -54,7 +54,7 @@ def drawing(plan: RunPlan) -> str:
     from cpt.report.plan_plot import lr_plot
     from cpt.schedules import curve
 
-    curves = {n: curve(s.train.lr) for n, s in plan.stages.items() if s.train is not None}
+    curves = {n: curve(s.train.lr) for n, s in plan.stages.items() if s.train is not None and s.group is None}
     return lr_plot(plan, curves, shutil.get_terminal_size().columns)
 
 

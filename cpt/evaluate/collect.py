@@ -154,7 +154,7 @@ def chain_of(plan: RunPlan, stage: str) -> tuple[str, ...]:
 
 
 def account(plan: RunPlan, homes: Mapping[str, Path], stage: str | None = None) -> Account:
-    """What a run learned and forgot up to a stage.
+    """What a run learned and forgot up to a stage. Proxies of laws take no part in it.
 
     Args:
         plan: the run.
@@ -164,7 +164,7 @@ def account(plan: RunPlan, homes: Mapping[str, Path], stage: str | None = None) 
     measured = {
         name: measurements(stage_events(homes[name]))
         for name, part in plan.stages.items()
-        if part.kind in ("train", "evaluate") and name in homes
+        if part.kind in ("train", "evaluate") and name in homes and (part.group is None or name == stage)
     }
     if stage is None:
         done = [name for name, found in measured.items() if found and plan.stages[name].kind == "train"]

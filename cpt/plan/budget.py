@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from cpt.base.errors import PlanError
 from cpt.base.units import show_bytes
+from cpt.plan.check import ancestors
 from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
 
 GIB = 2**30
@@ -193,7 +194,8 @@ class ProxyCost:
         count: how many there are.
         tokens: of all of them [tokens].
         flops: 6·N·D, summed over them; N parameters, D tokens (Kaplan et al. 2020, arXiv:2001.08361).
-        share: of the same figure of the stage that the law is for; None when it is for none [fraction].
+        share: of the same figure of the real run: the stage that the law is for and those that come from it; None when
+            it is for none [fraction].
     """
 
     count: int
@@ -203,11 +205,12 @@ class ProxyCost:
 
 
 def proxy_cost(plan: RunPlan, law: str) -> ProxyCost:
-    """The cost of a law stage's proxies."""
+    """The cost of a law stage's proxies, against the target stage and what goes on from it."""
     proxies = [(s, s.train) for s in plan.stages.values() if s.group == law and s.train is not None]
     flops = sum(_six(plan, stage, train) for stage, train in proxies)
-    target = plan.stages.get(str(plan.stages[law].options.get("target")))
-    real = _six(plan, target, target.train) if target is not None and target.train is not None else 0.0
+    target = str(plan.stages[law].options.get("target"))
+    chain = [s for s in plan.stages.values() if target in (s.name, *(a.name for a in ancestors(plan, s)))]
+    real = sum(_six(plan, s, s.train) for s in chain if s.train is not None and s.group is None)
     tokens = sum(train.tokens for _, train in proxies)
     return ProxyCost(count=len(proxies), tokens=tokens, flops=flops, share=flops / real if real else None)
 

@@ -74,10 +74,10 @@ def content(run: RunHistory) -> dict[str, Any]:
 
 
 def _places(run: RunHistory) -> dict[str, float]:
-    """Where each train stage begins along the x axis [tokens]."""
+    """Where each train stage begins along the x axis [tokens]; proxies of laws are not drawn."""
     places, at = {}, 0.0
     for name, stage in run.plan.stages.items():
-        if stage.train:
+        if stage.train and stage.group is None:
             places[name] = at
             at += stage.train.tokens
     return places
@@ -131,7 +131,7 @@ def _evaluations(run: RunHistory, stage: str) -> dict[str, list[tuple[float, flo
 def _top(run: RunHistory, pieces: dict[str, list[list[tuple[float, float]]]]) -> tuple[float | None, float | None]:
     """Upper end of a loss chart: the untrained start of a run from scratch would press all else to the floor."""
     points = [p for parts in pieces.values() for part in parts for p in part]
-    first = next((s.train for s in run.plan.stages.values() if s.train), None)
+    first = next((s.train for s in run.plan.stages.values() if s.train and s.group is None), None)
     if run.plan.base.kind != "scratch" or first is None or not points:
         return None, None
     later = [y for x, y in points if x >= 0.2 * first.tokens]

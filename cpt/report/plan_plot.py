@@ -15,11 +15,11 @@ def lr_plot(plan: RunPlan, curves: Mapping[str, Callable[[int], float]], columns
     """The lr by step, stage after stage in the order in which they are done.
 
     Args:
-        plan: whose train stages are drawn.
+        plan: whose train stages are drawn, without the proxies of laws.
         curves: by stage, its lr as a function of its step.
         columns: width of the terminal.
     """
-    trains = {n: s.train for n, s in plan.stages.items() if s.train is not None}
+    trains = {n: s.train for n, s in plan.stages.items() if s.train is not None and s.group is None}
     steps = sum(t.steps for t in trains.values())
     if not steps:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cpt.plan.budget import Budget
+from cpt.plan.budget import Budget, proxy_cost
 from cpt.plan.check import passes, tokens_by_source
 from cpt.plan.types import Replay, RunPlan, StagePlan, Train
 from cpt.report import show
@@ -43,7 +43,10 @@ def _head(plan: RunPlan) -> list[str]:
     trains = [s.train for s in plan.stages.values() if s.train is not None]
     prepared = _prepared(plan)
     mark = "" if prepared else ABOUT
-    count = f"{len(plan.stages)} stage" + ("s" if len(plan.stages) != 1 else "")
+    own = [s for s in plan.stages.values() if s.group is None]
+    proxies = sum(s.group is not None and s.train is not None for s in plan.stages.values())
+    count = f"{len(own)} stage" + ("s" if len(own) != 1 else "")
+    count += f" and {proxies} proxies" if proxies else ""
     tokens = show.show_count(sum(t.tokens for t in trains))
     lines = [f"plan    {show.plain(plan.recipe)} · {count} · {tokens} tokens · id {mark}{plan.short_id}"]
     lines.append(f"base    {_base(plan)}")
@@ -83,8 +86,11 @@ def _stage_rows(plan: RunPlan) -> list[list[str]]:
     rows = [["stage", "tokens", "steps", "lr: start → peak → end", "schedule", "layout", "starts from"]]
     for stage in plan.stages.values():
         train = stage.train
+        if stage.group is not None:
+            continue  # told with its law
         if train is None:
-            rows.append([stage.name, "", "", "", stage.kind, "", _parent(plan, stage)])
+            proxies = show.show_count(found) if (found := proxy_cost(plan, stage.name).tokens) else ""
+            rows.append([stage.name, proxies, "", "", stage.kind, "", _parent(plan, stage)])
             continue
         lr = " → ".join(show.lr(v) for v in train.lr.points)
         layout = train.parallel
@@ -123,9 +129,10 @@ def _source_rows(plan: RunPlan) -> list[list[str]]:
     """One line for each stage, source and role, with the passes over the corpus at the stage's end."""
     rows = [["stage", "source", "tokens", "share", "corpus", "passes so far", ""]]
     for stage in plan.stages.values():
-        if stage.train is None:
+        if stage.train is None or stage.group is not None:
             continue
         count = passes(plan, stage)
+        about = ABOUT if stage.assumed else ""
         for i, ((name, role), tokens) in enumerate(tokens_by_source(stage.train).items()):
             facts = plan.sources[name].facts
             mark = ABOUT if facts is None or facts.estimated else ""
@@ -133,14 +140,20 @@ def _source_rows(plan: RunPlan) -> list[list[str]]:
                 [
                     stage.name if i == 0 else "",
                     show.plain(name),
-                    show.show_count(tokens),
-                    show.share(tokens / stage.train.tokens),
+                    f"{about}{show.show_count(tokens)}",
+                    f"{about}{show.share(tokens / stage.train.tokens)}",
                     f"{mark}{show.show_count(facts.tokens)}" if facts else "?",
-                    f"{mark}{_passes(count.get(name, 0.0))}",
-                    _role(plan, stage.train) if role == "replay" else "",
+                    f"{mark or about}{_passes(count.get(name, 0.0))}",
+                    ", ".join(filter(None, [_role(plan, stage.train) if role == "replay" else "", _law(stage)])),
                 ]
             )
     return rows
+
+
+def _law(stage: StagePlan) -> str:
+    """That a law gives the shares of a stage; `≈` until it does."""
+    laws = dict.fromkeys(value.partition(".")[0] for value in stage.law.values())
+    return f"{ABOUT + ' ' if stage.assumed else ''}from law `{'`, `'.join(laws)}`" if laws else ""
 
 
 def _passes(count: float) -> str:
@@ -167,10 +180,44 @@ def _other_stages(plan: RunPlan) -> list[str]:
         if stage.train is not None and stage.train.stop_if is not None:
             guard, rise = stage.train.stop_if, show.share(stage.train.stop_if.loss_rises)
             lines.append(f"guard   {stage.name} ends the run when the loss of {guard.source} rises by {rise}")
-        if stage.train is None:
+        if stage.kind == "law":
+            lines += _law_lines(plan, stage)
+        elif stage.train is None and stage.group is None:
             said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto"))
             lines.append(f"{stage.kind:<7} {stage.name}: {said}")
     return [show.plain(line) for line in lines]
+
+
+def _law_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
+    """What a law stage runs, what that costs, and what it is asked."""
+    options, cost = stage.options, proxy_cost(plan, stage.name)
+    proxies = [s for s in plan.stages.values() if s.group == stage.name and s.train is not None]
+    if not proxies:
+        place = options.get("file") or options.get("data")
+        how = "as it is in" if options.get("file") else f"{options['law']}, fitted on"
+        return [f"law     {stage.name}: {how} {Path(str(place)).name}"]
+    each = show.show_count(max(s.train.tokens for s in proxies if s.train is not None))
+    line = f"law     {stage.name}: {cost.count} proxies of {each} tokens, {show.show_count(cost.tokens)}"
+    if cost.share is not None:
+        line += (
+            f", {show.share(cost.share)} of the real run's compute (6·N·D, at most {show.share(options['max_cost'])})"
+        )
+    sizes = [model.num_parameters for s in proxies if (model := plan.model_of(s)) is not None]
+    several = [show.show_count(n) for n in sorted(set(sizes))]
+    runs = f"sizes {', '.join(several)}; " if len(several) > 1 else ""
+    if options.get("ratios"):
+        domain = " + ".join(options["domain"])
+        what = "weight averages with " if options["how"] == "merge" else ""
+        runs += f"{what}{domain} {', '.join(f'{100 * r:g}' for r in options['ratios'])} %"
+    else:
+        what = "weight averages" if options["how"] == "merge" else "mixtures"
+        runs += f"{len(options['mixtures'])} {what} of {len({**options['domain'], **options['general']})} sources"
+    runs += f"; measured every {show.show_count(options['every'])} tokens" if options["how"] == "runs" else ""
+    limit = (
+        show.share(options["tolerance"]) if options.get("tolerance") is not None else f"{options['eps_g']} nats/token"
+    )
+    asked = f"{options['law']} for {options['target']}: {show.show_count(options['target_tokens'])} tokens, "
+    return [line, f"        {runs}", f"        {asked}general loss at most {limit} above the base's"]
 
 
 def _short(value: object) -> str:

@@ -64,10 +64,10 @@ def asked(train: Train) -> dict[str, float]:
 
 
 def mixture_rows(run: RunHistory, colours: Colours) -> list[dict[str, Any]]:
-    """For each train stage the shares that were asked for and those that were given."""
+    """For each train stage the shares that were asked for and those that were given; without proxies of laws."""
     found = []
     for name, stage in run.plan.stages.items():
-        if stage.train is None:
+        if stage.train is None or stage.group is not None:
             continue
         given = _last_given(run.events[name])
         total = sum(given.values())
@@ -101,8 +101,8 @@ def _epochs(run: RunHistory, source: str, tokens: float) -> float | None:
 
 
 def stage_rows(run: RunHistory) -> list[dict[str, Any]]:
-    """The stages as links from parent to child."""
-    return [_stage_row(run, name, stage) for name, stage in run.plan.stages.items()]
+    """The stages as links from parent to child; the proxies of a law are told with it."""
+    return [_stage_row(run, name, stage) for name, stage in run.plan.stages.items() if stage.group is None]
 
 
 def _stage_row(run: RunHistory, name: str, stage: StagePlan) -> dict[str, Any]:
@@ -121,10 +121,21 @@ def _stage_row(run: RunHistory, name: str, stage: StagePlan) -> dict[str, Any]:
         "tokens": show.show_count(train.tokens) if train else "",
         "steps": f"{train.steps:,}" if train else "",
         "lr": " → ".join(show.lr(x) for x in train.lr.points) if train else "",
-        "schedule": train.lr.schedule if train else options(stage.options),
+        "schedule": train.lr.schedule if train else law_words(run, stage) or options(stage.options),
         "mixture": ", ".join(f"{s} {show.share(x)}" for s, x in asked(train).items()) if train else "",
         "layout": _layout(train) if train else "",
     }
+
+
+def law_words(run: RunHistory, stage: StagePlan) -> str:
+    """What a law stage stands on, and how far its proxies are; empty for other stages."""
+    if stage.kind != "law":
+        return ""
+    proxies = [n for n, s in run.plan.stages.items() if s.group == stage.name and s.train is not None]
+    if not proxies:
+        return f"{stage.options['law']} from a file"
+    done = sum(run.states[n].status == "done" for n in proxies)
+    return f"{stage.options['law']} for {stage.options['target']}, {done} of {len(proxies)} proxies done"
 
 
 def options(given: Mapping[str, Any]) -> str:
@@ -138,8 +149,9 @@ def _layout(train: Train) -> str:
 
 
 def time_rows(run: RunHistory) -> list[dict[str, Any]]:
-    """Where the time of each stage went."""
-    found = []
+    """Where the time of each stage went; the proxies of a law are one line."""
+    found: list[dict[str, Any]] = []
+    together: dict[str, dict[str, Any]] = {}
     for name, stage in run.plan.stages.items():
         attempts: dict[int, list[float]] = {}
         spent = {"eval": 0.0, "save": 0.0}
@@ -155,17 +167,18 @@ def time_rows(run: RunHistory) -> list[dict[str, Any]]:
         if not attempts or stage.train is None:
             continue
         wall = sum(max(times) - min(times) for times in attempts.values())
-        found.append(
-            {
-                "name": name,
-                "attempts": len(attempts),
-                "wall": wall,
-                "eval": spent["eval"],
-                "save": spent["save"],
-                "train": max(0.0, wall - spent["eval"] - spent["save"]),
-                "speed": tokens / wall if wall > 0 else None,
-            }
-        )
+        row: dict[str, Any] = {"name": name, "attempts": len(attempts), "wall": wall, **spent, "tokens": tokens}
+        if stage.group is None:
+            found.append(row)
+        elif stage.group not in together:
+            together[stage.group] = {**row, "name": f"proxies of {stage.group}"}
+            found.append(together[stage.group])
+        else:
+            sums = together[stage.group]
+            sums |= {key: sums[key] + row[key] for key in ("attempts", "wall", "eval", "save", "tokens")}
+    for row in found:
+        row["train"] = max(0.0, row["wall"] - row["eval"] - row["save"])
+        row["speed"] = row["tokens"] / row["wall"] if row["wall"] > 0 else None
     return found
 
 

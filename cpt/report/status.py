@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class StageStatus:
     held_by: str | None  # the live process that works on it
     reused_from: str | None  # stage folder of another run
     losses: Mapping[str, float] = field(default_factory=dict)  # newest validation losses, by source [nats/token]
+    group: str | None = None  # the law stage that it is a proxy of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
         held_by=holder.text() if holder else None,
         reused_from=said.reference,
         losses=dict(now.losses),
+        group=plan.stages[name].group,
     ), now
 
 
@@ -206,6 +209,36 @@ def status_json(status: RunStatus) -> dict[str, Any]:
     return asdict(status)
 
 
+def with_proxies_together(stages: Sequence[StageStatus]) -> list[StageStatus]:
+    """The stages with the proxies of each law as one, which says how many are done and shows the one at work."""
+    found: list[StageStatus] = []
+    told: set[str] = set()
+    for stage in stages:
+        if stage.group is None:
+            found.append(stage)
+        elif stage.group not in told:
+            told.add(stage.group)
+            found.append(_together([s for s in stages if s.group == stage.group]))
+    return found
+
+
+def _together(proxies: list[StageStatus]) -> StageStatus:
+    done = sum(s.status == state.DONE for s in proxies)
+    at_work = next((s for s in proxies if s.status not in (state.DONE, state.PENDING)), None)
+    started = [s for s in proxies if s.last_event is not None]
+    shown = at_work or (started or proxies)[-1]
+    left = [s.seconds_left for s in proxies if s.seconds_left]
+    return dataclasses.replace(
+        shown,
+        name=f"{shown.group}: {done} of {len(proxies)} proxies",
+        status=state.DONE if done == len(proxies) else at_work.status if at_work else state.PENDING,
+        tokens=sum(s.tokens or 0 for s in proxies),
+        total_tokens=sum(s.total_tokens or 0 for s in proxies),
+        seconds_left=sum(left) if left else None,
+        last_event=max((s.last_event for s in started if s.last_event), default=None),
+    )
+
+
 def status_text(status: RunStatus, now: float) -> str:
     """As a table for a terminal.
 
@@ -230,12 +263,14 @@ def status_text(status: RunStatus, now: float) -> str:
             show.show_duration(s.seconds_left) if s.seconds_left else show.NOTHING,
             show.ago(s.last_event, now),
         ]
-        for s in status.stages
+        for s in with_proxies_together(status.stages)
     ]
     lines += ["", *aligned([head, *rows], right=(2, 3, 4, 5, 6, 7))]
     notes = []
     for s in status.stages:
         name = show.plain(s.name, 40)
+        if s.group is not None and s.status == state.DONE:
+            continue
         if s.kind == "evaluate" and s.losses:
             each = ", ".join(f"{show.plain(source, 40)} {show.loss(loss)}" for source, loss in s.losses.items())
             notes.append(f"{name}: validation loss {each} nats/token")

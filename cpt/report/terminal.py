@@ -16,6 +16,7 @@ from cpt.report.progress import Progress, StageNow
 from cpt.stages.guard import guard_text
 
 LINES_A_STAGE = 20  # plain `step` lines in a short stage
+LINES_A_PROXY = 4  # in a proxy of a law, of which there are many
 MOST_STEPS_BETWEEN = 100  # and at most so many steps from one to the next in a long one
 
 
@@ -122,7 +123,8 @@ class Lines:
             self.note(line)
 
     def _due(self, now: StageNow) -> bool:
-        every = self.every or min(MOST_STEPS_BETWEEN, max(1, now.steps // LINES_A_STAGE))
+        lines = LINES_A_STAGE if now.plan.group is None else LINES_A_PROXY
+        every = self.every or min(MOST_STEPS_BETWEEN, max(1, now.steps // lines))
         return now.step % every == 0 or now.step == now.steps
 
     def note(self, text: str) -> None:
@@ -201,8 +203,12 @@ class Live:
             return Text("")
         head = Table.grid(padding=(0, 2))
         for name, stage in self.progress.stages.items():
+            if stage.plan.group is not None and stage is not now:
+                continue  # of the proxies of a law only the one at work; the law's line says how many are done
             mark, style = ("✓", "green") if stage.ended else ("▸", "bold") if stage is now else ("·", "dim")
             what = f"{stage.step:,} of {stage.steps:,} steps" if stage.steps else stage.plan.kind
+            proxies = [s for s in self.progress.stages.values() if s.plan.group == name and s.steps]
+            what += f", {sum(s.ended for s in proxies)} of {len(proxies)} proxies done" if proxies else ""
             width = max(10, min(40, self.console.width - 50))
             bar = ProgressBar(total=max(1, stage.steps), completed=stage.step, width=width) if stage.steps else Text("")
             head.add_row(Text(f"{mark} {show.plain(name, 24)}", style=style), bar, Text(what, style="dim"))

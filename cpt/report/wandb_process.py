@@ -113,9 +113,11 @@ def _mapping(event: Event, name: str) -> list[tuple[str, Any]]:
 
 
 def offsets(plan: RunPlan) -> dict[str, int]:
-    """Tokens of the train stages before each stage, in the order of the plan."""
+    """Tokens of the train stages before each stage, in the order of the plan; proxies of laws are left out."""
     found, at = {}, 0
     for name, stage in plan.stages.items():
+        if stage.group is not None:
+            continue
         found[name] = at
         at += stage.train.tokens if stage.train else 0
     return found
@@ -155,6 +157,8 @@ def send(run_dir: Path, mode: str, ending: threading.Event) -> None:
     while True:
         last = ending.is_set()  # looked at first: what was written before the end is then still read
         for stage, event in sent.new():
+            if stage in plan.stages and stage not in before:
+                continue
             found = values(stage, event, before.get(stage, 0))
             if found:
                 run.log(found)
