@@ -103,6 +103,7 @@ def _fit(given: Mapping[str, Any], json: bool, loss: str, compare: bool, force: 
     folder = _folder(given.get("out"))
     table = tables.read(given["data"], given.get("where"), given.get("columns"))
     _refuse_unknown_corpora(table, given)
+    _refuse_unanswerable(table, settings)
     law = given.get("law") or _usual(table)
     if sys.stderr.isatty():
         note(f"fitting `{law}` to {len(table)} rows, {settings.bootstrap} resamples")
@@ -153,6 +154,23 @@ def _refuse_unknown_corpora(table: Table, given: Mapping[str, Any]) -> None:
             if corpus not in known:
                 error = unknown("corpus", corpus, known)
                 raise type(error)(f"{error.message} in `{key}`", *error.hints)
+
+
+def _refuse_unanswerable(table: Table, settings: Settings) -> None:
+    """A limit on the general loss that cannot be placed is refused before minutes of fitting."""
+    from cpt.base.errors import UsageError
+    from cpt.laws.recommend.answer import general_limit
+    from cpt.laws.table import GENERAL
+
+    if (settings.tolerance is None and settings.eps_g is None) or len(table.shares) != 2:
+        return
+    if GENERAL not in table.losses:
+        raise UsageError(
+            "a tolerance limits the general loss, and `loss_general` is not in the table",
+            "`domain_tokens=` asks for the best ratio for an amount of domain data, without a limit",
+        )
+    if not table.base:
+        general_limit(settings.base_losses.get(GENERAL), settings.tolerance, settings.eps_g)
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -121,8 +121,10 @@ class DCPT(Law):
         assert rows.share_R is not None
         ratios = len(np.unique(rows.share_R))
         if ratios < MIN_RATIOS:
-            hint = "`law=mixing` needs three" if ratios == MIN_RATIOS - 1 else "add runs at other ratios"
-            raise UsageError(f"{ratios} distinct ratios are too few for the law `{cls.name}`, which needs four", hint)
+            other = {1: ("`law=chinchilla` fits one ratio",), MIN_RATIOS - 1: ("`law=mixing` needs three",)}
+            found = "one ratio is" if ratios == 1 else f"{ratios} distinct ratios are"
+            hints = ("add runs at other ratios", *other.get(ratios, ()))
+            raise UsageError(f"{found} too few for the law `{cls.name}`, which needs four", *hints)
         notes = []
         has_n = rows.n_params_R is not None and len(np.unique(rows.n_params_R)) > 1
         has_d = rows.tokens_R is not None and len(np.unique(rows.tokens_R)) > 1

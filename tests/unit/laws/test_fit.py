@@ -161,7 +161,7 @@ def test_parameters_on_a_bound_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("share", "message"),
-    [([0.5] * 20, "1 distinct ratios are too few"), (np.tile([0.2, 0.5, 0.8], 7), "3 distinct ratios are too few")],
+    [([0.5] * 20, "one ratio is too few"), (np.tile([0.2, 0.5, 0.8], 7), "3 distinct ratios are too few")],
 )
 def test_too_few_ratios_are_refused(share: list[float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
