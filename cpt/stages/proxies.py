@@ -58,7 +58,7 @@ def collect(plan: RunPlan, law: str, options: LawStage, run_dir: Path) -> Collec
         start = next((m for m in found if m.when == "start"), None)
         if start is not None and size not in before:
             before.add(size)
-            row = {"run": "base", "n_params": size, "tokens": 0, "step": 0}
+            row = {"run": "base", "n_params": size, "tokens": 0}
             records.append(row | _losses(start.losses, options, plan, name, notes))
         if not merged:
             records += _rows(plan, name, stage, found, options, notes)
