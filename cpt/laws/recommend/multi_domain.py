@@ -193,7 +193,8 @@ def _reason(decided_by: str, at_limit: tuple[str, ...], at_cap: tuple[str, ...],
     if decided_by == "nothing":
         return f"no mixture is within all limits; the worst one is exceeded by at least {excess:.4f} nats"
     if at_limit:
-        return f"the weighted loss is lowest where {_names(at_limit)} reaches its limit"
+        cap = f", with all of {_names(at_cap)} that its cap allows" if at_cap else ""
+        return f"the weighted loss is lowest where {_names(at_limit)} reaches its limit{cap}"
     if at_cap:
         return f"the weighted loss is lowest with all of {_names(at_cap)} that its cap allows"
     return "the weighted loss has its minimum here; neither a cap nor a limit decides"

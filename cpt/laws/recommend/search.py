@@ -22,6 +22,7 @@ Along = Callable[[Floats], Floats]  # share_G of the domain -> loss_DG
 Bools = NDArray[np.bool_]
 
 _CELLS = 500
+_HUGE = 1e30  # instead of infinity, so that differences stay numbers
 _AT_ONCE = 400_000  # values per call, so that thousands of draws fit in memory
 
 
@@ -48,11 +49,12 @@ def grid(low: float, high: float) -> Floats:
 
 
 def ask(along: Along, share_G: Floats) -> Floats:
-    """loss_DG on a grid, so many points at once that memory stays small."""
+    """loss_DG on a grid, so many points at once that memory stays small; huge where a law gives none."""
     first_D1 = along(share_G[:1])
     step = max(1, _AT_ONCE // len(first_D1))
     parts = [first_D1] + [along(share_G[i : i + step]) for i in range(1, len(share_G), step)]
-    return np.concatenate(parts, axis=1)
+    loss_DG = np.concatenate(parts, axis=1)
+    return np.nan_to_num(loss_DG, nan=_HUGE, posinf=_HUGE, neginf=_HUGE)
 
 
 def without_rise(loss_DG: Floats, share_G: Floats) -> tuple[Floats, Floats]:
@@ -67,7 +69,7 @@ def without_rise(loss_DG: Floats, share_G: Floats) -> tuple[Floats, Floats]:
     Returns:
         loss_DG, and r_i for each draw (the first share where no rise was found).
     """
-    falls_DG = np.diff(loss_DG, axis=1) < 0
+    falls_DG = loss_DG[:, 1:] < loss_DG[:, :-1]
     peak_D = np.where(falls_DG.any(axis=1), falls_DG.argmax(axis=1), 0)
     top_D1 = np.take_along_axis(loss_DG, peak_D[:, None], axis=1)
     flat_DG = np.where(np.arange(len(share_G)) < peak_D[:, None], top_D1, loss_DG)
@@ -91,7 +93,7 @@ def best_share(
         share_G = np.unique(np.append(share_G, kink))
     objective_DG, floor_D = without_rise(ask(objective, share_G), share_G)
     if general is None:
-        general_DG, ceiling_D = np.full_like(objective_DG, -np.inf), np.full(len(objective_DG), np.inf)
+        general_DG, ceiling_D = np.zeros_like(objective_DG), np.full(len(objective_DG), np.inf)
         limit = 0.0
     else:
         backwards_DG, floor_general_D = without_rise(ask(general, share_G)[:, ::-1], 1 - share_G[::-1])

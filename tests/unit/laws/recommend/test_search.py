@@ -94,3 +94,16 @@ def test_the_answer_is_the_same_to_the_last_bit_whatever_other_draws_there_are()
     alone = best_share(along(theta_P[None]), None, np.inf, 0.0, 1.0)  # type: ignore[arg-type]
     among = best_share(along(np.stack([theta_P, theta_P + 0.01, theta_P - 0.02])), None, np.inf, 0.0, 1.0)  # type: ignore[arg-type]
     assert alone.share_D[0] == among.share_D[0]
+
+
+def test_where_a_draw_gives_no_number_it_is_neither_chosen_nor_admissible() -> None:
+    def objective(share_G: Floats) -> Floats:
+        return np.stack([2 - share_G, np.where(share_G > 0.6, np.nan, 2 - share_G), np.full_like(share_G, np.inf)])
+
+    def general(share_G: Floats) -> Floats:
+        return np.stack([1 + share_G, 1 + share_G, np.where(share_G > 0.3, np.nan, 1.0)])
+
+    with np.errstate(all="raise"):
+        found = best_share(objective, general, 1.8, 0.0, 1.0)
+    assert found.share_D[0] == pytest.approx(0.8, abs=1e-12) and found.decided_by == "tolerance"
+    assert 0.59 < found.share_D[1] <= 0.6 and found.share_D[2] <= 0.3 and found.admissible_D.all()
