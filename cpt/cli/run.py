@@ -243,8 +243,9 @@ def _report(run_dir: Path) -> Path | None:
     from cpt.cli.flags import warning
 
     try:
-        from cpt.report import page
+        from cpt.report import law_stage, page
 
+        law_stage.write_pages(run_dir)
         return page.write_page(run_dir)
     except Exception as error:
         warning(f"the report could not be written: {type(error).__name__}: {error}")

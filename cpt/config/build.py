@@ -280,6 +280,13 @@ def _order(work: _Work) -> dict[str, From]:
             continue
         with work.catching(f"`stages.{name}.from`: "):
             found[name] = orders.parse_from(text, list(stages), folders)
+            kind = stages.get(found[name].stage or "", {}).get("kind")
+            if kind in ("law", "merged"):
+                above = found[name].stage
+                hint = (
+                    f"`${{law:{above}.mixture}}` takes the mixture from it" if kind == "law" else "name another stage"
+                )
+                raise PlanError(f"`{above}` is of kind `{kind}`, which leaves no weights", hint)
     if len(found) < len(stages):
         return {}
     with work.catching():

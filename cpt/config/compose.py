@@ -70,7 +70,7 @@ def recipe_files(cwd: Path | None = None) -> dict[str, Path]:
     """All recipes by name; the person's own hides a shipped one of the same name."""
     found: dict[str, Path] = {}
     for folder in recipe_folders(cwd):
-        for path in sorted(folder.glob("*.yaml")):
+        for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem):
             found.setdefault(path.stem, path)
     return found
 

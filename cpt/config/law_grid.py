@@ -18,6 +18,7 @@ from cpt.config.schema import LAW_RATIOS, STAGE, TRAIN_KEYS
 
 FEWEST = 3  # distinct ratios or mixtures: with fewer no law can be fitted
 SCALING = ("dcpt", "l1", "cross_dcpt", "chinchilla")  # laws in size and tokens, which know one ratio
+ONE_LENGTH = ("mixing",)
 NEEDS_FOUR = ("dcpt", "l1")  # ratios
 MERGE_RATIOS = tuple(i / 8 for i in range(9))  # weight averages cost next to nothing
 
@@ -237,10 +238,15 @@ def _enough(name: str, law: Mapping[str, Any], grid: Grid) -> None:
         )
 
 
-def proxy_tokens(law: Mapping[str, Any]) -> tuple[int, int]:
-    """Length of a proxy, and tokens between two measurements."""
+def proxy_tokens(law: Mapping[str, Any], chosen: str) -> tuple[int, int]:
+    """Length of a proxy, and tokens between two measurements.
+
+    Args:
+        chosen: name of the law: one that holds at one length needs no measurements on the way.
+    """
     tokens = int(law["tokens"])
-    return tokens, int(law.get("every") or max(1, tokens // 6))
+    every = tokens if chosen in ONE_LENGTH else max(1, tokens // 6)
+    return tokens, int(law.get("every") or every)
 
 
 def proxies(
@@ -275,7 +281,7 @@ def _common(name: str, law: Mapping[str, Any], values: Mapping[str, Any], grid: 
     """What all proxies of a law have in common: what the target stage does, but short, at a constant lr, measured."""
     target = values["stages"][grid.target]
     kept = {k: v for k, v in target.items() if k in TRAIN_KEYS or k == "methods"}
-    tokens, every = proxy_tokens(law)
+    tokens, every = proxy_tokens(law, law_name(law, grid))
     below = {k: v for k, v in (values.get("train") or {}).items() if k == "evaluate"}
     found = overlay(STAGE, overlay(STAGE, below, kept), law.get("train") or {})
     found |= {

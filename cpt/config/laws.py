@@ -206,7 +206,7 @@ def options(name: str, law: Mapping[str, Any], grid: Grid, values: Mapping[str, 
             raise UsageError(f"`{key}`: there is no file `{found[key]}`")
         found["content"] = hash_file(found[key])
     if "data" not in found and "file" not in found:
-        found["tokens"], found["every"] = proxy_tokens(law)
+        found["tokens"], found["every"] = proxy_tokens(law, law_name(law, grid))
     found |= {
         "target": grid.target or "",
         "law": law_name(law, grid),

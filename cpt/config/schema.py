@@ -255,7 +255,8 @@ LAW_KEYS: dict[str, Node] = {
     "runs": Key(kinds.optional(kinds.integer(3, 1000)), "so many mixtures spread over all sources, instead of `ratios`",
                 None, "none"),
     "tokens": Key(kinds.count(), "length of one proxy", REQUIRED),
-    "every": Key(kinds.optional(kinds.count()), "measure a proxy every so many tokens", None, "a sixth of `tokens`"),
+    "every": Key(kinds.optional(kinds.count()), "measure a proxy every so many tokens", None,
+                 "a sixth of `tokens`; for `mixing` at its end only"),
     "bases": Key(kinds.texts, "further checkpoints of other sizes that proxies start from", (), "none"),
     "lr": Section(
         "lr of the proxies: constant after a warmup, so that each measurement is one of a finished run",

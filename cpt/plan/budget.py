@@ -211,6 +211,8 @@ def proxy_cost(plan: RunPlan, law: str) -> ProxyCost:
     target = str(plan.stages[law].options.get("target"))
     chain = [s for s in plan.stages.values() if target in (s.name, *(a.name for a in ancestors(plan, s)))]
     real = sum(_six(plan, s, s.train) for s in chain if s.train is not None and s.group is None)
+    options = plan.stages[law].options
+    real = real or 6.0 * options.get("target_params", 0) * options.get("target_tokens", 0)  # it is not in this plan
     tokens = sum(train.tokens for _, train in proxies)
     return ProxyCost(count=len(proxies), tokens=tokens, flops=flops, share=flops / real if real else None)
 

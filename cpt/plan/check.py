@@ -184,12 +184,6 @@ def _names(plan: RunPlan, stage: StagePlan) -> Iterator[CptError]:
 def _start(plan: RunPlan, stage: StagePlan, outside: Mapping[str, Outside]) -> Iterator[CptError]:
     """What a stage starts from, and what it may keep of that."""
     where = f"stages.{stage.name}"
-    above = plan.stages.get(stage.parent or "")
-    if above is not None and above.kind in ("law", "merged"):
-        kind = above.kind
-        hint = f"`${{law:{stage.parent}.mixture}}` takes the mixture from it" if kind == "law" else "name another stage"
-        yield PlanError(f"`{where}.from` is `{stage.parent}`, of kind `{kind}`, which leaves no weights", hint)
-        return
     if stage.parent is None:
         if stage.kind not in ("train", "law", "merged"):
             yield PlanError(f"`{where}` starts from `base`, which is `scratch`: there is nothing to {stage.kind}")
@@ -378,12 +372,16 @@ def warnings(plan: RunPlan, lr_before: Mapping[str, float], num_devices: int | N
 
 
 FAR_TOKENS, FAR_PARAMETERS = 8.0, 4.0  # a law asked further than these factors outside its runs says little
+FEW_STEPS = 20  # of a proxy: so short a run shows its warmup more than its mixture
 
 
 def _law(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     """What a law stage cannot know about its target, said before its proxies run."""
     target = plan.stages.get(str(stage.options.get("target")))
     proxies = [(s, s.train) for s in plan.stages.values() if s.group == stage.name and s.train is not None]
+    shortest = min((train.steps for _, train in proxies), default=FEW_STEPS)
+    if shortest < FEW_STEPS:
+        yield f"the proxies of `{stage.name}` have {shortest} steps: too short to say much about a mixture"
     if target is None or target.train is None or not proxies:
         return
     if decays(target.train):

@@ -1,0 +1,412 @@
+"""Law stages of a recipe: which proxies they become, which values later stages take, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.base.errors import CptError, PlanError, UsageError
+from cpt.config import build
+from cpt.config.law_grid import spread
+from cpt.plan.budget import proxy_cost
+from cpt.plan.types import RunPlan, StagePlan, Train
+from cpt.stages import law_values
+from tests.command import write_base, write_corpus, write_project
+
+RECIPE = """\
+# A law for the mixture of two corpora
+base: {checkpoint: base}
+sources:
+  news: {paths: data/news.jsonl, valid: 10%}
+  law: {paths: data/law.jsonl, valid: 10%}
+train: {seq_length: 64, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
+stages:
+  mix: {kind: law, tokens: 20k, every: 4k, domain: [law]}
+  domain:
+    from: base
+    keep: [weights]
+    tokens: 2M
+    mixture: "${law:mix.mixture}"
+    lr: {schedule: constant, peak: 1e-3, warmup: 10%}
+  anneal:
+    from: domain
+    keep: [weights, optimizer, cursor, lr]
+    tokens: 100k
+    mixture: {law: 1}
+    replay: {from: base, share: "${law:mix.replay}", sources: [news]}
+    lr: {schedule: linear, end: 0}
+"""
+FITTED = {"ratio": 0.75, "replay": 0.25, "low": 0.6, "high": 0.8, "mixture": {"law": 0.75, "news": 0.25}}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a base, two corpora and the recipe `two`."""
+    return write_project(tmp_path, RECIPE)
+
+
+def plan(project: Path, *overrides: str, laws: Mapping[str, Path] | None = None) -> RunPlan:
+    return build.plan(None, [f"recipe={project / 'recipes' / 'two.yaml'}", *overrides], cwd=project, laws=laws)
+
+
+def refused(project: Path, *overrides: str) -> CptError:
+    with pytest.raises(CptError) as caught:
+        plan(project, *overrides)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def proxies(found: RunPlan, law: str = "mix") -> dict[str, StagePlan]:
+    return {n: s for n, s in found.stages.items() if s.group == law}
+
+
+def train(found: RunPlan, stage: str) -> Train:
+    one = found.stages[stage].train
+    assert one is not None
+    return one
+
+
+def test_each_ratio_is_a_proxy_before_the_law_which_comes_before_the_stage_that_takes_its_mixture(
+    project: Path,
+) -> None:
+    found = plan(project)
+    assert list(found.stages) == ["mix-r0", "mix-r25", "mix-r50", "mix-r75", "mix-r100", "mix", "domain", "anneal"]
+    assert [train(found, n).mixture for n in proxies(found)] == [
+        {"news": 1.0},
+        {"law": 0.25, "news": 0.75},
+        {"law": 0.5, "news": 0.5},
+        {"law": 0.75, "news": 0.25},
+        {"law": 1.0},
+    ]
+    assert found.stages["mix"].after == tuple(proxies(found))
+
+
+def test_proxies_have_equal_tokens_a_constant_lr_after_their_warmup_and_are_measured_on_the_way(project: Path) -> None:
+    found = plan(project)
+    for name, stage in proxies(found).items():
+        one = train(found, name)
+        assert (one.tokens, one.steps) == (39 * 512, 39)
+        assert (one.lr.schedule, one.lr.points[1:]) == ("constant", (1e-3, 1e-3))
+        assert one.lr.points[0] < 1e-3
+        assert (one.evaluate.sources, one.evaluate.every_steps, one.evaluate.at_start) == (("law", "news"), 8, True)
+        assert (stage.parent, stage.keep) == ("base", ("weights",))
+        assert one.seed == train(found, "domain").seed
+    options = found.stages["mix"].options
+    assert options["warmup"] == 2 * 512
+    assert (options["target_tokens"], options["target_decays"]) == (train(found, "domain").tokens, False)
+
+
+def test_the_shares_inside_the_groups_are_those_of_the_target(project: Path) -> None:
+    for name in ("books", "web"):
+        write_corpus(project / "data" / f"{name}.jsonl", word=name.upper())
+    three = [f"+sources.{n}={{paths: data/{n}.jsonl, valid: 10%}}" for n in ("books", "web")]
+    target = ["~stages.mix.domain", "stages.domain.mixture={law: 3, books: 1}"]
+    target += ["stages.domain.replay={from: base, share: '${law:mix.replay}', sources: {news: 1, web: 1}}"]
+    found = plan(project, *three, *target)
+    assert train(found, "mix-r50").mixture == {"law": 0.375, "books": 0.125, "news": 0.25, "web": 0.25}
+    domain = train(found, "domain")
+    assert domain.mixture == {"law": 0.75, "books": 0.25}
+    assert domain.replay is not None and domain.replay.share == 0.5
+
+
+def test_until_the_law_is_there_a_half_stands_in_and_the_stage_says_so(project: Path) -> None:
+    found = plan(project)
+    assert train(found, "domain").mixture == {"law": 0.5, "news": 0.5}
+    assert found.stages["domain"].assumed and found.stages["anneal"].assumed
+    assert found.stages["domain"].law == {"mixture": "mix.mixture"}
+    assert found.stages["anneal"].law == {"replay.share": "mix.replay"}
+    assert not any(s.assumed for s in proxies(found).values())
+
+
+def test_a_law_that_is_there_fills_its_values_in_and_changes_no_id(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan(project)
+    monkeypatch.setattr(law_values, "result", lambda folder: (FITTED, ""))
+    after = plan(project, laws={"mix": project})
+    assert (after.id, after.name) == (before.id, before.name)
+    assert {n: s.fingerprint for n, s in after.stages.items()} == {n: s.fingerprint for n, s in before.stages.items()}
+    assert train(after, "domain").mixture == {"law": 0.75, "news": 0.25}
+    replay = train(after, "anneal").replay
+    assert replay is not None and replay.share == 0.25
+    assert not any(s.assumed for s in after.stages.values())
+
+
+@pytest.mark.parametrize(("ratio", "mixture"), [(0.0, {"news": 1.0}), (1.0, {"law": 1.0})])
+def test_a_ratio_at_the_edge_leaves_the_other_group_out(
+    project: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, mixture: dict[str, float]
+) -> None:
+    edge = {**FITTED, "ratio": ratio, "replay": 1 - ratio}
+    monkeypatch.setattr(law_values, "result", lambda folder: (edge, ""))
+    if ratio == 0.0:
+        with pytest.raises(PlanError, match=r"replay\.share` is 1"):
+            plan(project, laws={"mix": project})
+        monkeypatch.setattr(law_values, "result", lambda folder: (edge, ""))
+        found = plan(project, "~stages.anneal", laws={"mix": project})
+    else:
+        found = plan(project, laws={"mix": project})
+        assert train(found, "anneal").replay is None
+    assert train(found, "domain").mixture == mixture
+    assert found.id == plan(project, *(["~stages.anneal"] if ratio == 0.0 else [])).id
+
+
+def test_a_law_that_must_not_be_used_leaves_the_plan_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(law_values, "result", lambda folder: ({}, "it loses to a line between two ratios"))
+    found = plan(project, laws={"mix": project})
+    assert found.stages["domain"].assumed
+
+
+def test_the_id_depends_on_what_the_law_is_fitted_on(project: Path) -> None:
+    ids = {
+        plan(project, *o).stages["domain"].fingerprint
+        for o in (
+            (),
+            ("stages.mix.tokens=24k",),
+            ("stages.mix.every=2k",),
+            ("stages.mix.ratios=[0, 0.2, 0.5, 1]",),
+            ("stages.mix.tolerance=1%",),
+            ("stages.mix.law=l1",),
+            ("stages.mix.lr=2e-3",),
+        )
+    }
+    assert len(ids) == 7
+    assert plan(project, "stages.mix.max_cost=90%").id == plan(project).id
+
+
+def test_proxies_that_stay_in_a_larger_grid_keep_their_fingerprints(project: Path) -> None:
+    few, more = plan(project), plan(project, "stages.mix.ratios=[0, 0.125, 0.25, 0.5, 0.75, 1]")
+    for name, stage in proxies(few).items():
+        assert more.stages[name].fingerprint == stage.fingerprint
+
+
+def test_a_share_of_one_source_can_be_taken(project: Path) -> None:
+    mixture = "stages.domain.mixture={law: '${law:mix.ratio}', news: '${law:mix.mixture.news}'}"
+    found = plan(project, mixture, "~stages.mix.domain")
+    assert train(found, "domain").mixture == {"law": 0.5, "news": 0.5}
+    assert found.stages["domain"].law == {"mixture.law": "mix.ratio", "mixture.news": "mix.mixture.news"}
+
+
+WRONG = {
+    "stages.domain.mixture='${law:mix.mixtur}'": ("unknown value of a law `mixtur`", "did you mean `mixture`?"),
+    "stages.domain.mixture='${law:mixx.mixture}'": ("unknown law stage `mixx`", "did you mean `mix`?"),
+    "stages.domain.mixture='${law:anneal.mixture}'": ("`anneal` is a stage of kind `train`, not a law", ""),
+    "stages.domain.mixture='${law:mix.ratio}'": ("`${law:mix.ratio}` is not a mixture", "`mixture`"),
+    "stages.anneal.replay.share='${law:mix.replai}'": ("unknown value of a law `replai`", "did you mean `replay`?"),
+    "stages.anneal.replay.share='${law:mix.mixture}'": ("`${law:mix.mixture}` is not a share", "`replay`"),
+    "stages.anneal.replay.share='${law:mix}'": ("names no law", "${law:STAGE.mixture}"),
+    "stages.domain.tokens='${law:mix.tokens}'": ("a law gives no value here", "`replay.share`"),
+    "stages.anneal.replay.account=additive": ("would depend on the law", "equal_compute"),
+    "stages.mix.from=domain": ("wait for each other in a circle", "before the stage that takes its values"),
+    "stages.anneal.from=mix": ("which leaves no weights", "${law:mix.mixture}"),
+    "stages.mix.for=domian": ("unknown stage `domian`", "did you mean `domain`?"),
+    "stages.mix.domain=[laws]": ("unknown source `laws`", "did you mean `law`?"),
+    "~stages.mix.domain": ("`stages.mix.domain` is missing", "stages.mix.domain=["),
+    "stages.mix.general=[law]": ("both in `domain` and in `general`", ""),
+    "stages.mix.ratios=[0, 1]": ("2 mixtures: no law can be fitted to fewer than 3", ""),
+    "stages.mix.ratios=[0, 0.5, 1]": ("needs at least 4", "stages.mix.law=mixing"),
+    "stages.mix.law=dcptt": ("unknown law `dcptt`", "did you mean `dcpt`?"),
+    "stages.mix.how=merg": ("`merg` is not one of", "did you mean `merge`?"),
+    "stages.mix.toknes=1k": ("unknown key `stages.mix.toknes`", "did you mean `stages.mix.tokens`?"),
+    "~stages.mix.tokens": ("`stages.mix.tokens` is missing", "stages.mix.tokens=30M"),
+    "stages.mix.tokens=100": ("less than one step", ""),
+    "stages.mix.file=none.json": ("there is no file", ""),
+    "stages.mix.keep=[weights]": ("would have no effect: the stage's kind is `law`", ""),
+    "stages.mix.bases=[./none]": ("there is no folder `./none`", ""),
+    "+stages.mix-r50={kind: convert, from: anneal}": ("which is the name of a proxy", ""),
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_cannot_be_is_refused_with_what_is_meant(project: Path, override: str) -> None:
+    error = refused(project, override)
+    message, hint = WRONG[override]
+    assert message in error.message
+    assert hint in " ".join(error.hints)
+    assert not error.message.endswith(".")
+
+
+def test_proxies_that_cost_too_much_are_refused_with_how_to_get_under(project: Path) -> None:
+    error = refused(project, "stages.mix.tokens=200k")
+    cost = proxy_cost(plan(project, "stages.mix.tokens=200k", "stages.mix.max_cost=100%"), "mix")
+    assert cost.count == 5 and cost.share is not None and 0.4 < cost.share < 0.6
+    assert f"cost {cost.share:.0%} of the real run's compute" in error.message
+    fits = error.hints[0].split("`")[1]
+    assert fits.startswith("stages.mix.tokens=")
+    cheaper = proxy_cost(plan(project, fits), "mix").share
+    assert cheaper is not None and 0.3 < cheaper <= 0.35
+    plan(project, "stages.mix.tokens=200k", error.hints[1].split("`")[1])
+
+
+def test_the_cost_is_counted_as_six_times_parameters_times_tokens(project: Path) -> None:
+    found = plan(project)
+    assert found.model is not None
+    cost = proxy_cost(found, "mix")
+    assert cost.tokens == 5 * 39 * 512
+    assert cost.flops == 6 * found.model.num_parameters * cost.tokens
+    real = train(found, "domain").tokens + train(found, "anneal").tokens
+    assert cost.share == pytest.approx(cost.tokens / real)
+
+
+def test_a_proxy_of_another_size_has_its_own_model_and_cost(project: Path) -> None:
+    write_base(project / "small", hidden_size=16, intermediate_size=32)
+    found = plan(project, "stages.mix.bases=[./small]", "stages.mix.from=base")
+    assert found.model is not None
+    sizes: dict[int, list[str]] = {}
+    for name, stage in proxies(found).items():
+        model = found.model_of(stage)
+        assert model is not None
+        sizes.setdefault(model.hidden_size, []).append(name)
+    ratios = [f"r{r}" for r in (0, 25, 50, 75, 100)]
+    assert sizes[32] == [f"mix-{r}" for r in ratios]
+    assert [n.split("-")[-1] for n in sizes[16]] == ratios
+    assert len({n.split("-")[1] for n in sizes[16]}) == 1  # the size, in all names
+    small = found.model_of(found.stages[sizes[16][0]])
+    assert small is not None
+    total = 5 * 39 * 512 * 6 * (small.num_parameters + found.model.num_parameters)
+    assert proxy_cost(found, "mix").flops == total
+    assert found.stages[sizes[16][0]].parent == str(project / "small")
+    only = plan(project, "stages.mix.bases=[./small]")
+    assert [found.stages[n].fingerprint for n in sizes[16]] == [s.fingerprint for s in proxies(only).values()]
+
+
+def test_a_base_with_another_tokenizer_is_refused_for_proxies(project: Path) -> None:
+    small = write_base(project / "small", hidden_size=16, intermediate_size=32)
+    path = small / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = [w for w in tokenizer["model"]["vocab"] if w != "<|endoftext|>"]
+    moved = {w: i for i, w in enumerate(reversed(words), 1)}
+    tokenizer["model"]["vocab"] = {"<|endoftext|>": 0, **moved}
+    path.write_text(json.dumps(tokenizer))
+    error = refused(project, "stages.mix.bases=[./small]")
+    assert "has another tokenizer than the run" in error.message
+
+
+def test_only_proxies_may_start_from_another_shape(project: Path) -> None:
+    write_base(project / "small", hidden_size=16, intermediate_size=32)
+    error = refused(project, "stages.domain.from=./small", "stages.mix.from=base")
+    assert "another shape than the base" in error.message
+
+
+def test_merging_has_one_proxy_for_each_source_and_a_stage_that_measures_averages(project: Path) -> None:
+    found = plan(project, "stages.mix.how=merge")
+    assert list(proxies(found)) == ["mix-law", "mix-news", "mix-merged"]
+    assert train(found, "mix-law").mixture == {"law": 1.0}
+    merged = found.stages["mix-merged"]
+    assert (merged.kind, merged.after) == ("merged", ("mix-law", "mix-news"))
+    assert len(merged.options["mixtures"]) == 9
+    assert found.stages["mix"].options["law"] == "mixing"
+    assert found.stages["mix"].after == ("mix-law", "mix-news", "mix-merged")
+
+
+def test_several_sources_are_spread_over_the_simplex_or_given(project: Path) -> None:
+    write_corpus(project / "data" / "books.jsonl", word="BOOKS")
+    three = "+sources.books={paths: data/books.jsonl, valid: 10%}"
+    found = plan(project, three, "~stages.anneal", "stages.mix.runs=8", "stages.mix.law=mixing")
+    assert len(proxies(found)) == 8
+    assert train(found, "domain").mixture == pytest.approx({"law": 1 / 3, "news": 1 / 3, "books": 1 / 3})
+    given = plan(
+        project, three, "~stages.anneal", "stages.mix.mixtures=[{law: 1}, {news: 1}, {law: 1, news: 1, books: 2}]"
+    )
+    assert [train(given, n).mixture for n in proxies(given)] == [
+        {"law": 1.0},
+        {"news": 1.0},
+        {"law": 0.25, "news": 0.25, "books": 0.5},
+    ]
+    assert given.stages["mix"].options["law"] == "mixing"
+    error = refused(
+        project,
+        three,
+        "~stages.anneal",
+        "stages.mix.runs=8",
+        "stages.domain.mixture={law: '${law:mix.ratio}', news: 1}",
+    )
+    assert "unknown value of a law `ratio`" in error.message
+
+
+def test_the_spread_has_corners_and_middle_first_and_is_the_same_every_time() -> None:
+    found = spread(["a", "b", "c"], 16, seed=3)
+    assert found == spread(["a", "b", "c"], 16, seed=3) != spread(["a", "b", "c"], 16, seed=4)
+    assert found[:3] == [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}]
+    assert all(math.isclose(sum(m.values()), 1) and min(m.values()) > 0 for m in found)
+    distances = [
+        sum((p.get(s, 0) - q.get(s, 0)) ** 2 for s in "abc") ** 0.5 for i, p in enumerate(found) for q in found[:i]
+    ]
+    assert min(distances) > 0.15
+
+
+def test_a_saved_law_is_used_at_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpt.config import laws
+
+    (project / "law.json").write_text("{}")
+    monkeypatch.setattr(laws, "of_file", dict)
+    monkeypatch.setattr(law_values, "result", lambda folder: (FITTED, ""))
+    found = plan(project, "stages.mix.file=law.json")
+    assert list(found.stages) == ["mix", "domain", "anneal"]
+    assert train(found, "domain").mixture == {"law": 0.75, "news": 0.25}
+    monkeypatch.setattr(law_values, "result", lambda folder: ({}, "it extrapolates"))
+    error = refused(project, "stages.mix.file=law.json")
+    assert "must not be used: it extrapolates" in error.message
+    assert any("stages.domain.mixture={" in hint for hint in error.hints)
+
+
+def test_a_table_is_known_by_its_content_not_its_place(project: Path) -> None:
+    (project / "runs.csv").write_text("run,tokens,r_domain,loss_domain\n")
+    one = plan(project, "stages.mix.data=runs.csv")
+    shutil.copy(project / "runs.csv", project / "other.csv")
+    assert plan(project, "stages.mix.data=other.csv").id == one.id
+    (project / "other.csv").write_text("changed")
+    assert plan(project, "stages.mix.data=other.csv").id != one.id
+    assert not proxies(one)
+
+
+def test_what_a_law_cannot_know_is_warned_of_before_its_proxies_run(project: Path) -> None:
+    decaying = plan(project, "stages.domain.lr={schedule: rewarm, peak: 1e-3, warmup: 10%}")
+    text = " ".join(build.warnings(decaying))
+    assert "the lr of `domain` decays, and the proxies of `mix` hold theirs" in text
+    assert "`domain` is 100 times as long as the proxies of `mix`: the law is extrapolated" in text
+    assert decaying.stages["mix"].options["target_decays"] is True
+    assert "decays" not in " ".join(build.warnings(plan(project)))
+    assert "have 3 steps" in " ".join(build.warnings(plan(project, "stages.mix.tokens=1.5k")))
+
+
+def test_the_order_in_the_recipe_does_not_matter(project: Path) -> None:
+    recipe = project / "recipes" / "two.yaml"
+    before = plan(project)
+    lines = RECIPE.splitlines(keepends=True)
+    law = next(line for line in lines if line.startswith("  mix:"))
+    lines.remove(law)
+    recipe.write_text("".join([*lines, law]))
+    after = plan(project)
+    assert after.id == before.id
+    assert list(after.stages).index("mix") < list(after.stages).index("domain")
+
+
+def test_a_recipe_without_a_law_is_planned_as_before(project: Path) -> None:
+    found = plan(project, "~stages.mix", "stages.domain.mixture={law: 1}", "~stages.anneal")
+    stage = found.stages["domain"]
+    assert (stage.group, stage.after, dict(stage.law), stage.assumed, stage.model) == (None, (), {}, False, None)
+
+
+def test_options_survive_the_plan_file(project: Path) -> None:
+    from cpt.plan.types import from_json, to_json
+    from cpt.stages.law import options_of
+
+    found = plan(project)
+    read: Any = from_json(RunPlan, json.loads(json.dumps(to_json(found))))
+    assert read == from_json(RunPlan, to_json(found))
+    options = options_of(read, "mix")
+    assert options.ratios == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert dict(options.domain) == {"law": 1.0} and dict(options.general) == {"news": 1.0}
+    assert dataclasses.replace(options, tolerance=None).eps_g is None
+
+
+def test_both_limits_are_one_too_many(project: Path) -> None:
+    with pytest.raises(UsageError, match="both `tolerance` and `eps_g`"):
+        plan(project, "stages.mix.tolerance=3%", "stages.mix.eps_g=0.1")
