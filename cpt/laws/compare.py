@@ -51,7 +51,7 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
             f"no law can be fitted to `{table.name}`; `{forms[0].law}`: {forms[0].refused}", more=tuple(reasons)
         )
     best = able[0]
-    alike = [f for f in able if f.error <= best.error * (1 + ALIKE)] or [best]
+    alike = [f for f in able if not f.error > best.error * (1 + ALIKE)]  # all, where no errors are known
     simplest = min(alike, key=lambda f: (f.aicc, f.law))
     return Comparison(tuple(forms), chosen or simplest.law, best.law, _why(chosen, best, simplest, able))
 

@@ -21,9 +21,10 @@ _NOISE = 3.0  # spreads of the run's own jitter that a rise or a fall must excee
 def rises(
     rows: Rows, base_R: Floats | None, steps: Mapping[int, float], names: dict[int, str], target: str
 ) -> tuple[RiseFall, ...]:
-    """Runs whose loss rose, above the base model's where that is known, and fell again later.
+    """Runs whose measured loss rose, above the base model's where that is known, and fell again later.
 
-    Read off a running median of three, so that a single spike is no rise.
+    Read off a running median of three, so that a single spike is no rise. A loss that was above the base model's from
+    the first measurement and only fell since is none either: a law that falls with tokens can follow it.
 
     Args:
         base_R: loss of the base model of each row [nats/token].
@@ -43,9 +44,10 @@ def rises(
         smooth_R = running_median(loss_R)
         noise = _NOISE * spread_of(loss_R - smooth_R) if np.any(loss_R != smooth_R) else 0.0
         noise = max(noise / np.sqrt(len(where)), 1e-4 * float(loss_R.mean()))
-        known = base_R is not None and np.isfinite(base_R[where[0]])
-        before = float(base_R[where[0]]) if base_R is not None and known else float(smooth_R[0])
         peak = int(np.argmax(smooth_R))
+        before = float(smooth_R[0])
+        if base_R is not None and np.isfinite(base_R[where[0]]):
+            before = max(before, float(base_R[where[0]]))
         if smooth_R[peak] - before <= noise or smooth_R[peak] - smooth_R[-1] <= noise:
             continue
         line = int(rows.line_R[where[peak]])
