@@ -217,7 +217,7 @@ def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None
     from cpt.laws import shape
 
     target = saved.targets[name]
-    if target.rows.share_R is None or len(saved.table.shares) != 2:
+    if target.rows.share_R is None or len(saved.table.shares) != 2 or "shares" in target.law.needs:
         return None
     base = saved.table.base_loss(name, size)
     return shape.lowest_valid_share(target.law, target.theta_DP[0], size, tokens, base)

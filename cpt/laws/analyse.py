@@ -170,7 +170,7 @@ def _target(
     steps = {} if table.step is None else dict(zip(table.line.tolist(), table.step.tolist(), strict=True))
     length = question.asked_tokens(table, settings)
     lowest = None
-    if rows.share_R is not None and name in table.shares and len(table.shares) == 2:
+    if rows.share_R is not None and len(table.shares) == 2 and "shares" not in found.law.needs:
         lowest = shape.lowest_valid_share(found.law, theta_DP[0], size, length, table.base_loss(name, size))
     return TargetFit(
         name=name,

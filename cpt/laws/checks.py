@@ -15,6 +15,7 @@ from cpt.laws.sheet import Sheet
 SHOWN = 5  # faults that are named
 SUM_TOLERANCE = 0.005  # shares that miss 1 by more are wrong, by less are rounded [fraction]
 SAME = 1e-12  # of shares that sum to 1 as well as numbers can
+LARGEST = 1e30  # more of anything, or less than its inverse, is a slip
 ROUNDING = 1e-6  # of shares written with six digits: not worth a word
 
 
@@ -61,6 +62,7 @@ def numbers(
     what: str,
     above: float | None = None,
     least: float | None = None,
+    most: float = LARGEST,
     may_lack: bool = False,
     plain: bool = False,
 ) -> Floats:
@@ -69,7 +71,7 @@ def numbers(
     Args:
         used: rows of the sheet.
         what: a value is, for messages.
-        above, least: a value must be larger than this, or at least this.
+        above, least, most: a value must be larger than this, at least this, at most this.
         may_lack: an empty cell is no fault.
         plain: no suffixes (`1.8B`, `25%`).
     """
@@ -89,6 +91,8 @@ def numbers(
             problems.add(f"{place} is {number:g}, and {what} is above {above:g}", row=row)
         elif least is not None and number < least:
             problems.add(f"{place} is {number:g}, and {what} is {least:g} or more", row=row)
+        elif abs(number) > most or 0 < abs(number) < 1 / LARGEST:
+            problems.add(f"{place} is {number:g}, which cannot be {what}", row=row)
         else:
             found[i] = number
     return found

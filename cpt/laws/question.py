@@ -67,9 +67,16 @@ def asked_tokens(table: Table, settings: Settings) -> float | None:
 def loss_along(fit: TargetFit, n_params: float | None) -> Loss:
     """loss_DG of a target by share of its corpus and tokens, at one size."""
 
+    corpora = fit.rows.corpora
+    own = corpora.index(fit.name) if len(corpora) == 2 and fit.name in corpora else None
+
     def loss(share_G: Floats, tokens_G: Floats) -> Floats:
         tokens_G = np.broadcast_to(tokens_G, share_G.shape)
-        return fit.loss(points(n_params=n_params, tokens=tokens_G, share=share_G, base=fit.base))
+        shares_GK = None if own is None else np.stack([share_G, 1 - share_G][:: -1 if own else 1], axis=1)
+        asked = points(
+            n_params=n_params, tokens=tokens_G, share=share_G, shares=shares_GK, corpora=corpora, base=fit.base
+        )
+        return fit.loss(asked)
 
     return loss
 

@@ -57,8 +57,14 @@ def recommend_mixture(
 
 
 def _along(fit: TargetFit, n_params: float | None, tokens: float | None) -> SharesLoss:
+    corpora = fit.rows.corpora
+    own = corpora.index(fit.name) if fit.name in corpora else None
+
     def loss(shares_GK: Floats, which: slice) -> Floats:
-        asked = points(n_params=n_params, tokens=tokens, shares=shares_GK, corpora=fit.rows.corpora, base=fit.base)
+        share_G = None if own is None else shares_GK[:, own]
+        asked = points(
+            n_params=n_params, tokens=tokens, share=share_G, shares=shares_GK, corpora=corpora, base=fit.base
+        )
         return fit.law.loss(fit.theta_DP[which], asked)[0]
 
     return loss

@@ -29,6 +29,7 @@ from cpt.laws.where import Where, number_of
 from cpt.laws.where import parse as parse_where
 
 DOMAIN, GENERAL, LONE = "domain", "general", "loss"
+MOST_LOSS = 1e3  # [nats/token] no vocabulary gives more
 FEWEST_TOKENS, FEWEST_PARAMS = 1e5, 1e4  # below, the unit is likely wrong
 SAME_BASE = 0.005  # measurements of one base model that differ by more are not of one model [fraction]
 
@@ -290,7 +291,9 @@ def _checked(sheet: Sheet, found: Meaning, used: list[int], problems: Problems, 
                 + f"; billions are written `{wanted}`"
             )
     losses = {
-        _corpus(key): numbers(sheet, name, used, problems, above=0, what="a loss", may_lack=True, plain=True)
+        _corpus(key): numbers(
+            sheet, name, used, problems, above=0, most=MOST_LOSS, what="a loss", may_lack=True, plain=True
+        )
         for key, name in columns.items()
         if key == LONE or key.startswith("loss_")
     }
@@ -373,7 +376,9 @@ def _base(sheet: Sheet, found: Meaning, used: list[int], problems: Problems, war
     measured: dict[float | None, dict[str, list[float]]] = {}
     for key, name in columns.items():
         if key == LONE or key.startswith("loss_"):
-            values = numbers(sheet, name, used, problems, above=0, what="a loss", may_lack=True, plain=True)
+            values = numbers(
+                sheet, name, used, problems, above=0, most=MOST_LOSS, what="a loss", may_lack=True, plain=True
+            )
             for size, value in zip(sizes, values, strict=True):
                 if not math.isnan(value):
                     measured.setdefault(size, {}).setdefault(_corpus(key), []).append(float(value))
