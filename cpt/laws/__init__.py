@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from cpt.laws import chinchilla, dcpt
+from cpt.laws import additive, chinchilla, cmr, dcpt, mixing, repeated, replay
 from cpt.laws.law import LAWS, Law, Parameter
 
-__all__ = ["LAWS", "Law", "Parameter", "chinchilla", "dcpt"]
+__all__ = [
+    "LAWS",
+    "Law",
+    "Parameter",
+    "additive",
+    "chinchilla",
+    "cmr",
+    "dcpt",
+    "mixing",
+    "repeated",
+    "replay",
+]

@@ -72,6 +72,14 @@ class Law(ABC):
         """
         return cls(**options), ()
 
+    def left_with(self, rows: Rows) -> Law:
+        """The law for fewer rows than it was made for: another one where its terms belong to what rows hold.
+
+        Raises:
+            UsageError: these rows cannot determine it.
+        """
+        return self
+
     def natural(self, theta_P: Floats) -> dict[str, float]:
         """Parameters as people write them, by name."""
         pairs = zip(self.parameters, theta_P, strict=True)
