@@ -59,6 +59,10 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Answer also for model sizes that the table says nothing about.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With `recipe=`: show the plan of the runs and start nothing.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With `recipe=`: start again in a new folder.")] = False,
     yes: Yes = False,
 ) -> int:
     """Fit a law that predicts losses from size, tokens and mixture, and say which share of domain data to use.
@@ -75,16 +79,18 @@ def command(
     domain_tokens=1B epochs=2 budget=20B   limited domain data: how much of it there is
     compute=1e21 ratio=0.5         split a compute budget between size and tokens
     caps={web: 10B} limits={web: 3.1} goal={code: 1}     several corpora: tokens, losses, weights
-    bootstrap=200 seed=0 delta=1e-3 options.NAME=VALUE
+    bootstrap=200 seed=0 delta=1e-3 options.NAME=VALUE decaying_lr=true
     out=FOLDER              law.json for `cpt predict` and recipes, pictures, law.html
 
-    With `recipe=NAME` the runs of the recipe's law stage are planned and done first.
+    With `recipe=NAME` the small runs of the recipe's law stage are done first (or, if it has none, of one for its first
+    stage with domain and general sources); the same command goes on after a stop. Keys of a law stage can then be
+    written in short, `tokens=30M ratios=[0,0.5,1]`; all others are keys of the recipe.
     """
     texts = list(overrides or [])
     if any(one.strip().startswith("recipe=") for one in texts):
         from cpt.cli import proxy_grid
 
-        return proxy_grid.command(texts, json=json, yes=yes)
+        return proxy_grid.command(texts, json=json, yes=yes, dry_run=dry_run, fresh=fresh)
     return _fit(keys.parse(texts, KINDS, FAMILIES, "cpt fit-law"), json, loss, compare, force)
 
 

@@ -169,7 +169,8 @@ def test_nothing_is_written_without_out(runs: Path) -> None:
 
 @pytest.mark.parametrize("law", ["dcpt", "l1", "mixing", "chinchilla", "cmr", "replay"])
 def test_laws_of_two_corpora_go_by_their_names(law: str, runs: Path) -> None:
-    ended = cpt("fit-law", "data=runs.csv", f"law={law}", "base_general=2.3", "base_domain=2.9", *FAST)
+    one = {"mixing": ["where=n_params==1.8B and tokens==10B"], "cmr": ["where=n_params==1.8B"]}.get(law, [])
+    ended = cpt("fit-law", "data=runs.csv", f"law={law}", "base_general=2.3", "base_domain=2.9", *one, *FAST)
     assert ended.code == 0 and ended.out.startswith(f"law      {law}: "), ended.err
 
 
@@ -353,3 +354,71 @@ def test_neither_torch_nor_hydra_is_loaded(runs: Path) -> None:
     code = f"from cpt.cli import main\nimport sys\nmain(['fit-law', 'data={runs}', *{FAST!r}])\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hydra", "megatron", "matplotlib"} & {m.split(".")[0] for m in done.stdout.split()}
+
+
+def several(path: Path) -> Path:
+    """24 mixtures of three corpora with losses of a known exponential law; code and law help each other."""
+    rng = np.random.default_rng(0)
+    slopes = {"web": (-0.9, -0.1, -0.1), "code": (-0.1, -1.2, -0.3), "law": (-0.2, -0.3, -1.0)}
+    rows = []
+    for i, h in enumerate(rng.dirichlet([1, 1, 1], 24).round(4)):
+        h[2] = 1 - h[0] - h[1]
+        losses = [2 + float(np.exp(np.dot(t, h))) for t in slopes.values()]
+        rows.append(",".join([f"m{i}", *(f"{x:.6f}" for x in (*h, *losses))]))
+    return set_m.write(path, rows, "run,w_web,w_code,w_law,loss_web,loss_code,loss_law")
+
+
+def test_several_corpora_get_a_mixture_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    several(tmp_path / "mix.csv")
+    asked = ("goal={code: 1}", "limits={law: 2.7}", "bootstrap=20", "--no-compare", "out=law")
+    ended = cpt("fit-law", "data=mix.csv", *asked)
+    assert ended.code == 0 and ended.out.startswith("law      mixing: "), ended.err
+    law = json.loads((tmp_path / "law" / "law.json").read_text())
+    shares = {k: v["value"] for k, v in law["recommendation"]["mixture"].items()}
+    assert sum(shares.values()) == pytest.approx(1) and shares["web"] == pytest.approx(0, abs=1e-3)
+    assert law["values"]["mixture"] == shares
+    assert law["recommendation"]["losses"]["law"]["value"] <= 2.7 + 1e-6
+    ended = cpt("predict", "law", "mixture={web: 0.2, code: 0.5, law: 0.3}", "--json")
+    exact = 2 + np.exp(np.dot((-0.1, -1.2, -0.3), (0.2, 0.5, 0.3)))
+    assert json.loads(ended.out)["losses"]["code"]["value"] == pytest.approx(exact, rel=1e-4)
+    free = json.loads(cpt("predict", "law", "goal={web: 1}", "limits={law: 3}", "--json").out)
+    assert free["recommendation"]["mixture"]["web"]["value"] == pytest.approx(1, abs=1e-3)
+    assert "fitted on `web`, `code`, `law`" in cpt("predict", "law", "r_domain=0.5").err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("goal={cod: 1}", "did you mean `code`?"),
+        ("caps={web: lots}", "`caps.web`: `lots` is not a number"),
+        ("limits={web: 3, web: 2}", "`limits` names `web` twice"),
+        ("limits={}", "the value of `limits` is empty"),
+        ("limits={web 3}", "cannot be read from `web 3` on"),
+    ],
+)
+def test_mappings_that_make_no_sense_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    ended = cpt("fit-law", f"data={several(tmp_path / 'mix.csv')}", text, *FAST)
+    assert ended.code == 2 and said in ended.err and ended.out == "", ended.err
+
+
+def test_a_law_of_repeated_data_asks_for_the_distinct_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for n in (1e8, 1e9, 4e9):
+        for unique in (1e9, 4e9, 1e10):
+            for epochs in (1, 2, 4, 8):
+                fresh = unique * (1 + 15.4 * (1 - np.exp(-(epochs - 1) / 15.4)))
+                loss = 1.9 + 482 / n**0.35 + 2085 / fresh**0.37
+                rows.append(f"{n:g}-{unique:g}-{epochs},{n:g},{unique * epochs:g},{unique:g},{loss:.6f}")
+    set_m.write(tmp_path / "c4.csv", rows, "run,n_params,tokens,unique_tokens,loss")
+    ended = cpt("fit-law", "data=c4.csv", "law=repeated", *FAST, "out=law")
+    assert ended.code == 0, ended.err
+    lacking = cpt("predict", "law", "n_params=1B", "tokens=8B")
+    assert lacking.code == 2 and "give `unique_tokens=`" in lacking.err
+    found = [
+        json.loads(cpt("predict", "law", "n_params=1B", "tokens=8B", f"unique_tokens={u}", "--json").out)
+        for u in ("2B", "4B", "8B")
+    ]
+    losses = [one["losses"]["loss"]["value"] for one in found]
+    assert losses[0] > losses[1] > losses[2]
