@@ -12,7 +12,7 @@ from cpt.laws.analyse import analyse
 from cpt.laws.result import Analysis, Warn
 from cpt.laws.saved import SavedLaw
 from cpt.laws.settings import Settings
-from cpt.laws.table import Table, read
+from cpt.laws.table import DOMAIN, GENERAL, Table, read
 from cpt.plan.types import Job, RunPlan
 from cpt.stages.law import RESULT, LawStage, options_of
 from cpt.stages.proxies import collect
@@ -32,7 +32,10 @@ def work(plan: RunPlan, job: Job) -> int:
     for name in (RESULT, TABLE):  # of an attempt before: what is there afterwards is from this one
         (folder / name).unlink(missing_ok=True)
     if options.file is not None:
-        saved = with_groups(SavedLaw.load(options.file), options)
+        saved = SavedLaw.load(options.file)
+        if not saved.groups:
+            refuse_foreign(saved.table, options)
+        saved = with_groups(saved, options)
     else:
         saved = fitted(plan, job.stage, options, run_dir, log)
     write_atomic(folder / TABLE, saved.table.csv())
@@ -51,6 +54,7 @@ def fitted(plan: RunPlan, name: str, options: LawStage, run_dir: Path, log: Even
     notes: tuple[str, ...] = ()
     if options.data is not None:
         table = read(options.data)
+        refuse_foreign(table, options)
     else:
         collected = collect(plan, name, options, run_dir)
         table, notes = collected.table, collected.notes
@@ -105,23 +109,25 @@ def _limits(options: LawStage, table: Table, n_params: float | None) -> dict[str
     return found
 
 
-def with_groups(saved: SavedLaw, options: LawStage) -> SavedLaw:
-    """The law with the sources that `domain` and `general` stand for; a law that names them itself keeps its own.
+def refuse_foreign(table: Table, options: LawStage) -> None:
+    """A given table or law must be about the run's own sources.
 
     Raises:
         UsageError: it is about corpora that the run does not have.
     """
-    corpora = saved.table.corpora
-    if saved.groups or not corpora:
-        return saved
-    if set(corpora) == {"domain", "general"}:
-        groups = {"domain": dict(options.domain), "general": dict(options.general)}
-        return dataclasses.replace(saved, groups={k: v for k, v in groups.items() if v})
     known = [*options.domain, *options.general]
-    if known and (foreign := [c for c in corpora if c not in known]):
+    foreign = [c for c in table.corpora if c not in known and c not in (DOMAIN, GENERAL)]
+    if known and foreign:
         named = ", ".join(f"`{s}`" for s in known)
-        raise UsageError(f"the law is about `{foreign[0]}`, and the sources here are {named}")
-    return saved
+        raise UsageError(f"`{table.name}` is about `{foreign[0]}`, and the sources of this law are {named}")
+
+
+def with_groups(saved: SavedLaw, options: LawStage) -> SavedLaw:
+    """The law with the sources that `domain` and `general` stand for; one that names them itself keeps its own."""
+    if saved.groups or set(saved.table.corpora) != {DOMAIN, GENERAL}:
+        return saved
+    groups = {DOMAIN: dict(options.domain), GENERAL: dict(options.general)}
+    return dataclasses.replace(saved, groups={name: shares for name, shares in groups.items() if shares})
 
 
 def with_ties(saved: SavedLaw) -> SavedLaw:
