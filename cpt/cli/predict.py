@@ -32,6 +32,7 @@ KINDS: dict[str, keys.Kind] = {
     "budget": keys.amount,
     "compute": keys.amount,
     "ratio": keys.share,
+    "penalty": keys.amount,
     "caps": keys.amounts,
     "limits": keys.amounts,
     "goal": keys.amounts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -354,6 +355,20 @@ def test_neither_torch_nor_hydra_is_loaded(runs: Path) -> None:
     code = f"from cpt.cli import main\nimport sys\nmain(['fit-law', 'data={runs}', *{FAST!r}])\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hydra", "megatron", "matplotlib"} & {m.split(".")[0] for m in done.stdout.split()}
+
+
+def test_every_setting_has_a_key_or_a_flag() -> None:
+    from cpt.cli.fit_law import KINDS
+    from cpt.laws.settings import Settings
+
+    flags = {"base_losses", "options", "scale", "compare", "force"}  # `base_...`, `options....`, `--loss` and so on
+    assert {f.name for f in dataclasses.fields(Settings)} == flags | set(KINDS) - {
+        "data",
+        "law",
+        "where",
+        "columns",
+        "out",
+    }
 
 
 def several(path: Path) -> Path:
