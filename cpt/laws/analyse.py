@@ -18,7 +18,7 @@ from cpt.laws.law import LAWS
 from cpt.laws.result import Analysis, Bootstrap, Comparison, Estimate, HeldOut, TargetFit, Warn
 from cpt.laws.rows import Floats
 from cpt.laws.settings import Settings
-from cpt.laws.table import DOMAIN, Table
+from cpt.laws.table import DOMAIN, GENERAL, Table
 
 AUTO = "auto"
 
@@ -48,7 +48,8 @@ def analyse(table: Table, law_name: str, settings: Settings | None = None) -> An
     thetas: dict[str, Floats] = {name: found.theta_P[None] for name, found in fits.items()}
     told: Bootstrap | None = None
     if settings.bootstrap:
-        thetas, told = bootstrap.draws(fits, work.options(law_name), settings.bootstrap, settings.seed)
+        options = {name: work.options(law_name, name) for name in fits}
+        thetas, told = bootstrap.draws(fits, options, settings.bootstrap, settings.seed)
     targets = {
         name: _target(name, table, found, thetas[name], work.checked(law_name)[name][1], dropped[name], size, settings)
         for name, found in fits.items()
@@ -86,9 +87,12 @@ class _Work:
         self._skipped: dict[str, dict[str, str]] = {}
         self._checked: dict[str, dict[str, tuple[Fit, HeldOut]]] = {}
 
-    def options(self, law_name: str) -> Mapping[str, object]:
-        """Options of a law: those set, when it is the one that was asked for."""
-        return self._settings.options if law_name == self._asked else {}
+    def options(self, law_name: str, target: str) -> Mapping[str, object]:
+        """Options of a law: those set, when it is the one that was asked for, and which loss it is for."""
+        given = dict(self._settings.options) if law_name == self._asked else {}
+        if law_name == "cmr" and target in (DOMAIN, GENERAL):
+            given.setdefault("side", target)
+        return given
 
     def fits(self, law_name: str) -> tuple[dict[str, Fit], dict[str, tuple[str, ...]]]:
         """Fits by target, and the terms that were left out.
@@ -138,7 +142,7 @@ class _Work:
                 if column in ("tokens", "n_params") and _has(rows, "share"):
                     continue
                 raise UsageError(f"the law `{law_name}` needs {_COLUMNS[column]}, which `{self._table.name}` lacks")
-        law, dropped = kind.for_rows(rows.in_order(), **self.options(law_name))
+        law, dropped = kind.for_rows(rows.in_order(), **self.options(law_name, target))
         return fit(law, rows, delta=settings.delta, scale=settings.scale, seed=settings.seed), dropped
 
 

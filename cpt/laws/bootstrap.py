@@ -17,6 +17,8 @@ from cpt.laws.result import Bootstrap
 from cpt.laws.rows import Floats, Ints
 from cpt.laws.terms import determined
 
+Options = Mapping[str, Mapping[str, object]]  # of the law, by target
+
 FEW_RUNS = 12  # below, intervals are rough
 FEW_RESAMPLES = 10  # so few different resamples say nothing about the spread
 _EXTRA_STARTS = 3  # of each resample, beside the optimum
@@ -24,14 +26,12 @@ _LARGE = 10_000  # rows x parameters; larger tables start from the optimum alone
 _TRIES = 100  # draws per resample before the runs are called too few
 
 
-def draws(
-    fits: Mapping[str, Fit], options: Mapping[str, object], count: int, seed: int
-) -> tuple[dict[str, Floats], Bootstrap]:
+def draws(fits: Mapping[str, Fit], options: Options, count: int, seed: int) -> tuple[dict[str, Floats], Bootstrap]:
     """Parameters of every resample, by target.
 
     Args:
         fits: on all rows, by target.
-        options: of the law, as the fits were made with.
+        options: of the law by target, as the fits were made with.
         count: how many resamples are wanted.
 
     Returns:
@@ -53,9 +53,7 @@ def draws(
     return thetas, told
 
 
-def resamples(
-    fits: Mapping[str, Fit], options: Mapping[str, object], count: int, seed: int
-) -> tuple[Floats, Ints, int]:
+def resamples(fits: Mapping[str, Fit], options: Options, count: int, seed: int) -> tuple[Floats, Ints, int]:
     """times_BU each run is drawn in each resample, the runs' numbers, how many were drawn again.
 
     Runs are taken in the order in which the sorted rows hold them, so that neither the file's order nor the runs'
@@ -70,7 +68,10 @@ def resamples(
     while len(kept) < count and redrawn < _TRIES * count:
         times_U = np.bincount(rng.integers(len(runs), size=len(runs)), minlength=len(runs))
         drawn = runs[times_U > 0]
-        if all(determined(f.law, f.rows.take(np.isin(f.rows.run_R, drawn)), options) for f in fits.values()):
+        if all(
+            determined(f.law, f.rows.take(np.isin(f.rows.run_R, drawn)), options.get(name, {}))
+            for name, f in fits.items()
+        ):
             kept.append(times_U)
         else:
             redrawn += 1

@@ -42,7 +42,7 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
     names = candidates(table)
     if chosen is not None and chosen not in names:
         names = (chosen, *names)
-    forms = [_form(name, checked) for name in names]
+    forms = _forms(names, checked)
     forms.sort(key=lambda f: (not np.isfinite(f.error), f.error if np.isfinite(f.error) else 0.0, f.law))
     able = [f for f in forms if not f.refused]
     if not able:
@@ -56,21 +56,44 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
     return Comparison(tuple(forms), chosen or simplest.law, best.law, _why(chosen, best, simplest, able))
 
 
-def _form(name: str, checked: Callable[[str], Checked]) -> Form:
+def _forms(names: tuple[str, ...], checked: Callable[[str], Checked]) -> list[Form]:
+    """Errors over the folds that every law which has any could be asked for: same rows, fair comparison."""
     nan = float("nan")
-    try:
-        found = checked(name)
-    except UsageError as error:
-        return Form(name, 0, nan, {}, {}, nan, error.message)
-    errors = {target: heldout.error for target, (_, heldout) in found.items()}
-    return Form(
-        law=name,
-        num_params=sum(len(fit.theta_P) for fit, _ in found.values()),
-        error=float(np.mean(list(errors.values()))),
-        errors=errors,
-        objective={target: fit.objective for target, (fit, _) in found.items()},
-        aicc=sum(aicc(fit) for fit, _ in found.values()),
-    )
+    able: dict[str, Checked] = {}
+    forms = []
+    for name in names:
+        try:
+            able[name] = checked(name)
+        except UsageError as error:
+            forms.append(Form(name, 0, nan, {}, {}, nan, error.message))
+    for name, found in able.items():
+        errors = {target: _error(target, name, able) for target in found}
+        forms.append(
+            Form(
+                law=name,
+                num_params=sum(len(fit.theta_P) for fit, _ in found.values()),
+                error=float(np.mean(list(errors.values()))),
+                errors=errors,
+                objective={target: fit.objective for target, (fit, _) in found.items()},
+                aicc=sum(aicc(fit) for fit, _ in found.values()),
+            )
+        )
+    return forms
+
+
+def _error(target: str, name: str, able: Mapping[str, Checked]) -> float:
+    """Mean over kinds of folds of the mean relative error in the folds that all laws share."""
+    held = {law: found[target][1] for law, found in able.items() if target in found and found[target][1].folds}
+    if name not in held:
+        return able[name][target][1].error
+    shared = set.intersection(*({(f.by, f.value) for f in h.folds} for h in held.values()))
+    by: dict[str, list[tuple[float, int]]] = {}
+    for fold in held[name].folds:
+        if (fold.by, fold.value) in shared:
+            by.setdefault(fold.by, []).append((fold.law.mean, fold.law.count))
+    if not by:
+        return held[name].error
+    return float(np.mean([np.average([m for m, _ in kind], weights=[n for _, n in kind]) for kind in by.values()]))
 
 
 def aicc(fit: Fit) -> float:

@@ -9,7 +9,6 @@ Array suffixes: R rows, F folds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,19 +39,11 @@ class Part:
     out_R: NDArray[np.bool_]
 
 
-def held_out(
-    fitted: Fit,
-    target: str,
-    *,
-    options: Mapping[str, object] | None = None,
-    seed: int = 0,
-    extra_starts: int | None = None,
-) -> HeldOut:
+def held_out(fitted: Fit, target: str, *, seed: int = 0, extra_starts: int | None = None) -> HeldOut:
     """Errors on rows that the law has not seen, with the baselines beside.
 
     Args:
         target: name of the loss, for the names of ratios.
-        options: of the law, as the fit was made with.
         extra_starts: of each fold beside the optimum; None gives 24, fewer on large tables.
     """
     rows = fitted.rows
@@ -63,52 +54,6 @@ def held_out(
     if not folds:
         return HeldOut((), {}, nan, nan, nan, nan, missing)
     folds, laws, thetas, refused = _refits(fitted, folds, seed, extra_starts)
-    missing += refused
-    done: list[Fold] = []
-    seen: dict[str, list[tuple[Floats, Floats]]] = {}
-    inside: list[tuple[Floats, Floats, Floats, Floats]] = []
-    for part, law, theta_P in zip(folds, laws, thetas, strict=True):
-        asked = rows.take(part.out_R)
-        law_L = law.loss(theta_P[None], asked)[0][0]
-        nearest = interpolation = None
-        if part.by == "ratio":
-            nearest_L, line_L = baselines.by_ratio(rows.take(~part.out_R), asked)
-            nearest, interpolation = _some(nearest_L, asked.loss_R), _some(line_L, asked.loss_R)
-            both = np.isfinite(line_L) | (np.isfinite(nearest_L) & several(rows))
-            inside.append((law_L[both], nearest_L[both], line_L[both], asked.loss_R[both]))
-        done.append(Fold(part.by, part.left_out, part.value, errors(law_L, asked.loss_R), nearest, interpolation))
-        seen.setdefault(part.by, []).append((law_L, asked.loss_R))
-    by = {kind: errors(*_joined(pairs)) for kind, pairs in seen.items()}
-    within = [np.concatenate(column) for column in zip(*inside, strict=True)] if inside else []
-    means = [_mean(predicted, within[3]) for predicted in within[:3]] or [float("nan")] * 3
-    return HeldOut(
-        folds=tuple(done),
-        by=by,
-        error=float(np.mean([e.mean for e in by.values()])),
-        law_within=means[0],
-        nearest=means[1],
-        interpolation=means[2],
-        missing=missing,
-    )
-
-
-def _refits(
-    fitted: Fit, folds: list[Part], seed: int, extra_starts: int
-) -> tuple[list[Part], list[Law], list[Floats], tuple[str, ...]]:
-    """The law and its parameters without each part, those that have them, and why others have not.
-
-    As one batch where the law stays the same; alone where its terms belong to the rows (the ratios of CMR).
-    """
-    rows = fitted.rows
-    laws: list[Law | None] = []
-    missing = []
-    for part in folds:
-        try:
-            laws.append(fitted.law.left_with(rows.take(~part.out_R)))
-        except UsageError as error:
-            laws.append(None)
-            missing.append(f"{part.left_out} cannot be left out: {error.message}")
-    folds, predicted, refused = _predicted(fitted, folds, options or {}, extra_starts, seed)
     missing += refused
     if not folds:
         return HeldOut((), {}, nan, nan, nan, nan, missing)
@@ -165,63 +110,20 @@ def _refits(
         if law is not None and i not in found:
             kept = rows.take(~folds[i].out_R)
             found[i] = fit(law, kept, delta=fitted.delta, scale=fitted.scale, seed=seed).theta_P
+    for i in sorted(found):
+        law = laws[i]
+        assert law is not None
+        try:
+            finite = bool(np.isfinite(law.loss(found[i][None], rows.take(folds[i].out_R))[0]).all())
+            why = f"law `{law.name}` gives no finite losses there"
+        except UsageError as error:
+            finite, why = False, error.message
+        if not finite:
+            missing.append(f"{folds[i].left_out} cannot be predicted: {why}")
+            del found[i]
     order = sorted(found)
     known = [laws[i] for i in order]
     return [folds[i] for i in order], [law for law in known if law], [found[i] for i in order], tuple(missing)
-
-
-def _predicted(
-    fitted: Fit, folds: list[Part], options: Mapping[str, object], extra_starts: int, seed: int
-) -> tuple[list[Part], list[Floats], tuple[str, ...]]:
-    """Folds with predicted losses of the rows left out, and what the law could not be fitted without.
-
-    Most folds are weightings of one fit. A law whose very form comes from the rows (a token law for each ratio, say)
-    is built and fitted anew on the rows that stay.
-    """
-    rows = fitted.rows
-    weight_FR = np.stack([np.where(part.out_R, 0.0, rows.weight_R) for part in folds])
-    others = [_rebuilt(fitted, rows.take(~part.out_R), options) for part in folds]
-    same = [i for i, other in enumerate(others) if other is None]
-    theta_FP = {}
-    if same:
-        theta_FP = dict(zip(same, refit(fitted, weight_FR, extra_starts=extra_starts, seed=seed)[0], strict=True))
-    kept, predicted, refused = [], [], []
-    for i, (part, other) in enumerate(zip(folds, others, strict=True)):
-        try:
-            law, theta_P = fitted.law, theta_FP.get(i)
-            if other is not None:
-                rest = fit(other, rows.take(~part.out_R), delta=fitted.delta, scale=fitted.scale, seed=seed)
-                law, theta_P = rest.law, rest.theta_P
-            assert theta_P is not None
-            law_L = law.loss(theta_P[None], rows.take(part.out_R))[0][0]
-        except UsageError as error:
-            refused.append(f"without {part.left_out}: {error.message}")
-            continue
-        if np.isfinite(law_L).all():
-            kept.append(part)
-            predicted.append(law_L)
-        else:
-            refused.append(f"without {part.left_out}: `{law.name}` gives no finite losses there")
-    return kept, predicted, tuple(refused)
-
-
-def _rebuilt(fitted: Fit, rest: Rows, options: Mapping[str, object]) -> Law | None:
-    """The law as the rows that stay make it; None when it is that of the fit.
-
-    Rows that would not be fitted by themselves (three ratios of four) still do for a fold, unless parameters belong to
-    left-out rows alone.
-
-    Raises:
-        UsageError: nothing is left to fit some parameters to.
-    """
-    try:
-        law, _ = type(fitted.law).for_rows(rest, **options)
-    except UsageError:
-        slope_RP = fitted.law.loss(fitted.theta_P[None], rest)[1][0]
-        if not np.all(np.any(slope_RP != 0, axis=0)):
-            raise
-        return None
-    return None if law == fitted.law else law
 
 
 def parts(rows: Rows, target: str) -> tuple[list[Part], tuple[str, ...]]:

@@ -4,6 +4,7 @@
 |---|---|
 | `tolerance` or `eps_g` | usage 1: the ratio with the lowest domain loss within the tolerance |
 | the same, general loss alone | the largest ratio within the tolerance |
+| the same with the law `cmr` | the largest of those ratios whose objective begins to fall within the run |
 | `domain_tokens` | usage 2: how long a run to make of the domain data there are |
 | several corpora; `goal`, `limits`, `caps` | the best mixture of them (`question_mixture`) |
 | `compute` and `ratio` | usage 3: model size and tokens for a compute budget |
@@ -21,9 +22,12 @@ import numpy as np
 
 from cpt.base.errors import UsageError
 from cpt.base.units import show_count
+from cpt.laws.cmr import UNIT, Cmr
 from cpt.laws.question_mixture import recommend_mixture
+from cpt.laws.ratio_curve import ratio_curve
 from cpt.laws.recommend.allocation import allocation
 from cpt.laws.recommend.answer import Loss, Ratio
+from cpt.laws.recommend.critical import critical
 from cpt.laws.recommend.distance import Distance, distance
 from cpt.laws.recommend.limited import limited
 from cpt.laws.recommend.threshold import threshold
@@ -32,6 +36,7 @@ from cpt.laws.result import Estimate, Recommendation, TargetFit
 from cpt.laws.rows import Floats, points
 from cpt.laws.settings import Settings
 from cpt.laws.table import DOMAIN, GENERAL, Table
+from cpt.laws.turning import turning
 
 Fits = Mapping[str, TargetFit]
 
@@ -66,7 +71,8 @@ def asked_tokens(table: Table, settings: Settings) -> float | None:
 
 def loss_along(fit: TargetFit, n_params: float | None) -> Loss:
     """loss_DG of a target by share of its corpus and tokens, at one size."""
-
+    if isinstance(fit.law, Cmr):
+        return ratio_curve(fit.law, fit.theta_DP)
     corpora = fit.rows.corpora
     own = corpora.index(fit.name) if len(corpora) == 2 and fit.name in corpora else None
 
@@ -102,7 +108,11 @@ def recommend(table: Table, fits: Fits, settings: Settings) -> tuple[Recommendat
     if settings.domain_tokens is not None:
         return _answer(table, fits, settings, _limited(table, fits, settings))
     if limit:
-        return _answer(table, fits, settings, _within(table, fits, settings))
+        found = _within(table, fits, settings)
+        both = [fits.get(name) for name in (DOMAIN, GENERAL)]
+        if all(fit is not None and isinstance(fit.law, Cmr) for fit in both):
+            return _critical(table, fits, settings, found)
+        return _answer(table, fits, settings, found)
     if len(table.shares) < 2:
         return None, "the table has no column of ratios"
     return None, "nothing was asked: `tolerance=3%` asks for the ratio that keeps the general loss within 3 %"
@@ -122,11 +132,38 @@ def _within(table: Table, fits: Fits, settings: Settings) -> Ratio:
     _refuse_unknown_base(fits[GENERAL], table, n_params)
     length = 1.0 if tokens is None else tokens
     limits = {"base_general": fits[GENERAL].base, "tolerance": settings.tolerance, "eps_g": settings.eps_g}
-    if domain is None:
-        found = threshold(general, tokens=length, **limits)  # type: ignore[arg-type]
+    if domain is None or isinstance(fits[DOMAIN].law, Cmr):
+        found = threshold(general, tokens=length, domain=domain, **limits)  # type: ignore[arg-type]
     else:
         found = tradeoff(domain, general, tokens=length, **limits)  # type: ignore[arg-type]
     return found if tokens is not None else replace(found, tokens=None)
+
+
+def _critical(table: Table, fits: Fits, settings: Settings, found: Ratio) -> tuple[Recommendation | None, str]:
+    """The critical ratio: what the threshold allows and what has begun to pay by the end of the run."""
+    domain, general = fits[DOMAIN], fits[GENERAL]
+    assert isinstance(domain.law, Cmr) and isinstance(general.law, Cmr) and found.tokens is not None
+    turns = turning(domain.law, domain.theta_DP, general.law, general.theta_DP, found.tokens, weight=settings.penalty)
+    both = critical(found, turns.share_D)
+    answer = both.answer
+    if both.answer.decided_by == "turning":
+        along = [(loss_along(domain, None), answer.value), (loss_along(general, None), 1 - answer.value)]
+        at = [Estimate.of(loss(np.array([share]), np.array([found.tokens]))[:, 0]) for loss, share in along]
+        answer = replace(answer, loss_domain=at[0], loss_general=at[1])
+    given, reason = _answer(table, fits, settings, answer)
+    if given is None:
+        return given, reason
+    started = dict(zip(turns.ratios, (turns.units_DK[0] * UNIT).tolist(), strict=True))
+    more = {
+        "threshold": both.threshold.value,
+        "turning": both.turning,
+        "turning_rests_on": turns.how,
+        "clipped": both.clipped,
+        "falls_from_tokens": started,
+        "feasible": turns.feasible(found.tokens),
+        "penalty": settings.penalty,
+    }
+    return replace(given, more={**given.more, **more}), ""
 
 
 def _limited(table: Table, fits: Fits, settings: Settings) -> Ratio:
@@ -277,6 +314,8 @@ def _words(found: Ratio, settings: Settings, n_params: float | None) -> str:
         text = f"the lowest domain loss{model} from {show_count(settings.domain_tokens)} domain tokens"
         return f"{text} with {most}" if most else text
     length = "" if found.tokens is None else f" after {show_count(found.tokens)} tokens"
+    if found.usage == "cmr":
+        return f"the critical domain share{model} with {most}{length}"
     if found.usage == "threshold":
         return f"the largest domain share{model} with {most}{length}"
     return f"the lowest domain loss{model} with {most}{length}"

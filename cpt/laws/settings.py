@@ -29,6 +29,7 @@ class Settings:
         caps: for mixtures of several corpora, most tokens to read of each [tokens].
         limits: for mixtures of several corpora, highest loss allowed on each [nats/token].
         goal: for mixtures of several corpora, weight of each loss in what is made small.
+        penalty: for `law=cmr`, lambda: how much a general loss above its limit counts against the domain loss.
         bootstrap: number of resamples; 0 gives no intervals.
         seed: of starts and resamples.
         delta: where the Huber loss turns from square to line, in the fit's scale.
@@ -52,6 +53,7 @@ class Settings:
     caps: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     limits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     goal: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    penalty: float = 1000.0
     bootstrap: int = 200
     seed: int = 0
     delta: float = 1e-3
@@ -68,7 +70,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"`{name}` is {value:g}, wanted 0 or more")
-        for name in ("n_params", "tokens", "domain_tokens", "budget", "compute", "epochs", "delta"):
+        for name in ("n_params", "tokens", "domain_tokens", "budget", "compute", "epochs", "penalty", "delta"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"`{name}` is {value:g}, wanted more than 0")
