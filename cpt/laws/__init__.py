@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt.laws import additive, chinchilla, cmr, dcpt, mixing, repeated, replay
+from cpt.laws import additive, chinchilla, cmr, cross_dcpt, dcpt, mixing, repeated, replay
 from cpt.laws.law import LAWS, Law, Parameter
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "additive",
     "chinchilla",
     "cmr",
+    "cross_dcpt",
     "dcpt",
     "mixing",
     "repeated",

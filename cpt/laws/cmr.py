@@ -151,7 +151,7 @@ class Cmr(Law):
         if given["side"] not in SIDES:
             raise UsageError(f"`side` of law `cmr` is `{given['side']}`, wanted `domain` or `general`")
         ratios = np.unique(np.round(rows.share_R, 6))
-        inside = [r for r in ratios if (SMALLEST < r if given["side"] == "domain" else 0 < r < 1 - SMALLEST)]
+        inside = [r for r in ratios if (r > SMALLEST if given["side"] == "domain" else 0 < r < 1 - SMALLEST)]
         if len(inside) < 3:
             raise UsageError(f"law `cmr` needs three different ratios between 0 and 1, found {len(inside)}")
         needed = 2 * SIDES[str(given["side"])] + 2

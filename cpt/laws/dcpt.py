@@ -10,7 +10,7 @@ At r = 0 the third term is absent. Source: Que et al. 2024, arXiv:2406.01375 (fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class DCPT(Law):
 
     name = "dcpt"
     equation = "L(N, D, r) = E + A / N^alpha + B * r^eta / D^beta + C / (r + eps)^gamma"
-    needs = ("n_params", "tokens", "share")
+    needs: ClassVar[tuple[str, ...]] = ("n_params", "tokens", "share")
     has_eta = True
 
     has_n: bool = True
