@@ -205,7 +205,7 @@ def _finish(result: Result, screen: Screen, json: bool) -> int:
     from cpt.cli.flags import result as say
     from cpt.cli.flags import result_json
 
-    page = _report(result.run_dir)
+    page, laws = _report(result.run_dir), _law_pages(result.run_dir)
     if json:
         result_json(_as_json(result, page))
     else:
@@ -214,6 +214,8 @@ def _finish(result: Result, screen: Screen, json: bool) -> int:
             say(table)
         if page is not None:
             say(f"report  {page}")
+        for law in laws:
+            say(f"law     {law}")
     if result.error is not None:
         raise result.error
     if not json:
@@ -243,13 +245,25 @@ def _report(run_dir: Path) -> Path | None:
     from cpt.cli.flags import warning
 
     try:
-        from cpt.report import law_stage, page
+        from cpt.report import page
 
-        law_stage.write_pages(run_dir)
         return page.write_page(run_dir)
     except Exception as error:
         warning(f"the report could not be written: {type(error).__name__}: {error}")
         return None
+
+
+def _law_pages(run_dir: Path) -> list[Path]:
+    """The page of each law; like the report, one that cannot be made must not hide how the run ended."""
+    from cpt.cli.flags import warning
+
+    try:
+        from cpt.report import law_stage
+
+        return law_stage.write_pages(run_dir)
+    except Exception as error:
+        warning(f"the page of a law could not be written: {type(error).__name__}: {error}")
+        return []
 
 
 def _table(run_dir: Path) -> str | None:
