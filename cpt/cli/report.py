@@ -17,16 +17,20 @@ Out = Annotated[
 
 def command(run: Run, out: Out = None, json: Json = False) -> None:
     """Write one self-contained HTML page about a run, finished or not, from its plan and events."""
+    from cpt.report import law_stage
     from cpt.report.page import write_page
     from cpt.report.runs import find_run
     from cpt.report.table import final_table
 
     folder = find_run(run)
     path = write_page(folder, out)
+    laws = law_stage.write_pages(folder)
     if json:
         from cpt.report.facts import report_json
 
-        result_json({"page": str(path), **report_json(folder)})
+        result_json({"page": str(path), "laws": [str(page) for page in laws], **report_json(folder)})
         return
     result(final_table(folder))
     note(f"the page is `{path}`")
+    for page in laws:
+        note(f"the page of a law is `{page}`")

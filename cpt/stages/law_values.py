@@ -66,5 +66,5 @@ def taken(plan: RunPlan, law: str, values: dict[str, Any]) -> str:
     low, high = values.get("low"), values.get("high")
     between = f" (95 % interval of the ratio {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     at = f" at {show_count(values['tokens'])} tokens" if values.get("tokens") else ""
-    names = ", ".join(f"`{s.name}`" for s in users(plan, law))
-    return f"law `{law}`: {shares}{between}{at}; {names} takes it from there"
+    names = " and ".join(f"`{s.name}`" for s in users(plan, law))
+    return f"law `{law}`: {shares}{between}{at}, for {names}"
