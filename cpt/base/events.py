@@ -7,7 +7,11 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
                  losses {source: nats/token}, given {source: tokens so far}, skipped (why, when the update was skipped),
                  memory_bytes (of rank 0 at its highest)
     eval         step, tokens, when (start | during | end), losses {source: {loss [nats/token], bpb [bits/byte],
-                 tokens, bytes, stderr [nats/token]}}, seconds
+                 tokens, bytes, stderr [nats/token]}}, seconds; of a weight average also mixture {source: share}, its
+                 step the number of the candidate
+    law          law, verdict (fit | unfit), reasons (why unfit), no_recommendation, runs, rows, heldout (largest error
+                 on rows left out), values (what `${law:...}` gives), path, seconds
+    note         text
     save         step, path, seconds, phase
     warning      text, step
     guard        source, before, now, limit [nats/token], step

@@ -74,8 +74,13 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
         how = f"goes on from step {now.step:,}" if event.get("resumed") else "starts"
         size = f"{now.steps:,} steps, {show.show_count(now.total)} tokens" if now.steps else ""
         return " · ".join(part for part in (f"{name}  {how}", size, now.layout) if part)
+    if kind == "eval" and isinstance(event.get("mixture"), dict):
+        shares = ", ".join(f"{show.plain(source, 40)} {share:.3g}" for source, share in event["mixture"].items())
+        return f"{name}  average of {shares}: " + ", ".join(_plain_losses(event))
     if kind == "eval" and now is not None:
         return f"{name}  evaluation{at}: {losses(now)}" if now.losses else None
+    if kind == "law":
+        return law(name, event)
     if kind == "save":
         done = "written" if whole else "saved"
         return f"{name}  {done}{at} in {_short(event.get('seconds'))}"
@@ -92,6 +97,40 @@ def sentence(stage: str, event: Event, now: StageNow | None) -> str | None:
         tokens = show.show_count(_number(event.get("tokens")))
         return f"data    {show.plain(event.get('source', '?'), 60)}  {tokens} tokens"
     return None
+
+
+def law(name: str, event: Event) -> str:
+    """What a law stage found."""
+    found = event.get("values")
+    values: dict[str, Any] = found if isinstance(found, dict) else {}
+    if event.get("verdict") != "fit":
+        reasons = event.get("reasons")
+        why = "; ".join(show.plain(text) for text in reasons) if isinstance(reasons, list) else ""
+        return f"warning: {name}: the law `{show.plain(event.get('law', '?'), 60)}` is unfit: {why}"
+    parts = [f"{name}  law {show.plain(event.get('law', '?'), 60)}"]
+    if isinstance(values.get("ratio"), int | float):
+        low, high = values.get("low"), values.get("high")
+        interval = f" (95 %: {low:.3f} to {high:.3f})" if isinstance(low, float) and isinstance(high, float) else ""
+        parts.append(f"domain share {values['ratio']:.3f}{interval}")
+    elif isinstance(values.get("mixture"), dict):
+        shares = ", ".join(f"{show.plain(s, 40)} {share:.3f}" for s, share in values["mixture"].items())
+        parts.append(f"mixture {shares}")
+    else:
+        parts.append(show.plain(event.get("no_recommendation", "")))
+    predicted = {k.removeprefix("loss_"): v for k, v in values.items() if k.startswith("loss_")}
+    if predicted:
+        parts.append(
+            "predicted losses " + ", ".join(f"{show.plain(k, 40)} {show.loss(v)}" for k, v in predicted.items())
+        )
+    if isinstance(event.get("heldout"), float):
+        parts.append(f"missed by {100 * event['heldout']:.2g} % on runs left out")
+    return " · ".join(parts)
+
+
+def _plain_losses(event: Event) -> list[str]:
+    found = event.get("losses")
+    measured = found.items() if isinstance(found, dict) else ()
+    return [f"{show.plain(source, 40)} {show.loss(v.get('loss'))}" for source, v in measured if isinstance(v, dict)]
 
 
 def losses(now: StageNow) -> str:

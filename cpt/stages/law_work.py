@@ -58,7 +58,7 @@ def fitted(plan: RunPlan, name: str, options: LawStage, run_dir: Path, log: Even
     else:
         collected = collect(plan, name, options, run_dir)
         table, notes = collected.table, collected.notes
-    log.write("note", text=f"{table.num_runs} runs, {len(table)} measurements")
+    log.write("note", text=f"law `{name}` is fitted to {len(table)} measurements of {table.num_runs} runs")
     for text in notes:
         log.write("warning", text=text, step=0)
     merged = options.how == "merge" and options.data is None

@@ -193,3 +193,32 @@ def test_the_end_of_a_stage_is_said_once(run):
     screen.tell({"kind": "stage", "stage": "base", "status": "done", "reason": ""})
     screen.tell({"kind": "stage", "stage": "domain", "status": "done", "reason": ""})  # of an earlier command
     assert stream.getvalue().splitlines() == ["base  done at step 150 after 90 s", "domain  done"]
+
+
+LAW = {
+    "kind": "law",
+    "law": "dcpt",
+    "verdict": "fit",
+    "reasons": [],
+    "heldout": 0.0123,
+    "values": {"ratio": 0.7063, "low": 0.69, "high": 0.72, "loss_general": 4.046, "loss_domain": 3.31},
+}
+
+
+def test_a_law_is_told_with_its_share_interval_and_predictions():
+    assert sentence("mix", LAW, None) == (
+        "mix  law dcpt · domain share 0.706 (95 %: 0.690 to 0.720) · predicted losses general 4.046, domain 3.310 · "
+        "missed by 1.2 % on runs left out"
+    )
+
+
+def test_an_unfit_law_is_a_warning_that_says_why():
+    unfit = {**LAW, "verdict": "unfit", "reasons": ["it loses to a line between its neighbours"]}
+    assert sentence("mix", unfit, None) == (
+        "warning: mix: the law `dcpt` is unfit: it loses to a line between its neighbours"
+    )
+
+
+def test_a_weight_average_is_told_by_its_mixture():
+    event = {"kind": "eval", "step": 3, "mixture": {"web": 0.75, "pubmed": 0.25}, "losses": {"web": {"loss": 3.5}}}
+    assert sentence("mix-merged", event, None) == "mix-merged  average of web 0.75, pubmed 0.25: web 3.500"
