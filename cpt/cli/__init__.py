@@ -51,6 +51,7 @@ COMMANDS = {
     "sample": Command(DATA, "Print a continuation of a text by a checkpoint"),
     "fit-law": Command(LAWS, "Fit a law to small runs and ask it for the best mixture"),
     "predict": Command(LAWS, "Losses that a saved law predicts, or the mixture it recommends"),
+    "infer-mixture": Command(LAWS, "Which mixture of texts a BPE tokenizer was trained on"),
     "doctor": Command(SETUP, "Check machine, packages and data for what is missing"),
 }
 
