@@ -263,6 +263,44 @@ def test_an_unknown_law_gets_the_nearest_name() -> None:
     assert "`dcpt`" in caught.value.hints[0]
 
 
+def test_k4_the_python_runs_are_told_to_rise_and_fall_and_cmr_follows_them() -> None:
+    read = table.read(shared_data("laws", "cpt_pile_python_70m.csv"))
+    base = {"general": 2.8733676, "domain": 1.8381195}
+    asked = dict(base_losses=base, eps_g=0.02)
+    found = analyse(read, "dcpt", dataclasses.replace(QUICK, **asked))
+    (warned,) = [w for w in found.warnings if w.kind == "rise_and_fall"]
+    assert warned.strong and "2 of 4 runs (r_general 0.125, peak at step" in warned.text and "`law=cmr`" in warned.text
+    other = analyse(read, "cmr", dataclasses.replace(QUICK, **asked))
+    assert [w.strong for w in other.warnings if w.kind == "rise_and_fall"] == [False]
+    assert other.fits["general"].own.mean < 0.4 * found.fits["general"].own.mean
+    answer = other.recommendation
+    assert answer is not None and answer.ratio is not None and answer.usage == "cmr"
+    assert answer.decided_by == "threshold" and answer.ratio.value == pytest.approx(0.79, abs=0.02)
+    assert answer.more["threshold"] == answer.ratio.value <= answer.more["turning"].value
+    json.dumps(other.to_json(), allow_nan=False)
+
+
+def test_three_ratios_at_one_size_and_length_are_left_to_the_mixing_law() -> None:
+    given = columns(noise=0.0, ratios=(0.2, 0.5, 0.8), sizes=(1.8e9,), tokens=(1e10,))
+    found = quick(given, "auto")
+    assert found.law == "mixing" and found.comparison is not None
+    assert {f.law for f in found.comparison.forms if f.refused} >= {"dcpt", "l1"}
+    with pytest.raises(UsageError, match="no law can be fitted"):
+        quick(columns(ratios=(0.2, 0.8), sizes=(1.8e9,), tokens=(1e10,)), "auto")
+
+
+def test_several_corpora_get_the_best_mixture_with_its_interval() -> None:
+    read = table.read(shared_data("laws", "mix5_pile.csv"), where="n_params < 2e7 and step == 30000")
+    settings = dataclasses.replace(QUICK, goal={"internet": 1.0, "prose": 1.0}, bootstrap=12)
+    found = analyse(read, "mixing", settings).recommendation
+    assert found is not None and found.usage == "mixture" and found.ratio is None
+    assert sum(e.value for e in found.mixture.values()) == pytest.approx(1)
+    assert all(e.low <= e.value + 1e-3 and e.value - 1e-3 <= e.high for e in found.mixture.values())
+    assert "convex" in " ".join(found.notes)
+    with pytest.raises(UsageError, match="two corpora"):
+        analyse(read, "mixing", dataclasses.replace(QUICK, tolerance=0.03))
+
+
 def test_auto_takes_the_form_that_made_the_rows() -> None:
     """Rows without eta: the form with fewer parameters is as good on left-out rows and wins by AICc."""
     given = columns(noise=0.0)

@@ -9,7 +9,7 @@ from cpt.base.errors import UsageError
 from cpt.laws.chinchilla import Chinchilla
 from cpt.laws.compare import Checked, aicc, candidates, compare
 from cpt.laws.fit import Fit, fit
-from cpt.laws.result import Comparison, Errors, HeldOut
+from cpt.laws.result import Comparison, Errors, Fold, HeldOut
 from cpt.laws.rows import rows
 from cpt.laws.table import Table
 from tests.unit.laws.tables import set_m
@@ -59,6 +59,24 @@ def test_a_law_that_cannot_be_fitted_stays_in_the_list_with_the_reason() -> None
     refused = {f.law: f.refused for f in found.forms if f.refused}
     assert refused["dcpt"] == "too few ratios" and found.forms[0].law == "l1"
     assert found.why == "`l1` is the only law that these rows allow"
+
+
+def test_errors_are_compared_on_the_folds_that_all_laws_have() -> None:
+    folds = [
+        Fold("ratio", "r_domain 0.5", 0.5, Errors(4, 0.01, 0.01, 0.9)),
+        Fold("tokens", "from 1", 1.0, Errors(4, 0.5, 0.5, 0)),
+    ]
+    nan = float("nan")
+
+    def checked(name: str) -> Checked:
+        if name not in ("dcpt", "l1"):
+            raise UsageError("no")
+        own = tuple(folds if name == "dcpt" else folds[:1])
+        held = HeldOut(own, {f.by: f.law for f in own}, float(np.mean([f.law.mean for f in own])), nan, nan, nan)
+        return {"domain": (a_fit(0.01), held)}
+
+    found = compare(set_m(tokens=(1e9, 2e9)), None, checked)
+    assert {f.law: f.error for f in found.forms if not f.refused} == {"dcpt": 0.01, "l1": 0.01}
 
 
 def test_no_law_at_all_is_refused_with_all_reasons() -> None:
