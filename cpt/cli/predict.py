@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +43,7 @@ _POINT = ("r_domain", "r_general", "mixture", "unique_tokens", "k1", "k2")
 _QUESTION = ("tolerance", "eps_g", "domain_tokens", "compute", "limits", "goal", "caps")
 _SUM = 0.005  # shares that miss 1 by more are wrong [fraction]
 
-Law = Annotated[str, typer.Argument(metavar="LAW", help="`law.json` or its folder.", show_default=False)]
+Law = Annotated[str, typer.Argument(metavar="LAW", help="`law.json`, its folder, or a run.", show_default=False)]
 Keys = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value ...", help="`n_params=1.8B tokens=10B r_domain=0.5`.", show_default=False),
@@ -70,7 +71,7 @@ def command(
     from cpt.laws.saved import SavedLaw
 
     given = keys.parse(list(overrides or []), KINDS, FAMILIES, "cpt predict")
-    saved = SavedLaw.load(law)
+    saved = SavedLaw.load(_file(law))
     settings = _settings(saved, given, force)
     shares = _shares(saved, given)
     for reason in saved.unfit:
@@ -78,6 +79,21 @@ def command(
     if shares is None and saved.table.shares:
         return _recommend(saved, settings, given, json)
     return _predict(saved, settings, shares, given, json)
+
+
+def _file(law: str) -> Path:
+    """The law that a word stands for: a file, its folder, or a run with one law stage."""
+    from cpt.base.errors import UsageError
+
+    path = Path(law)
+    run = path if path.exists() or "/" in law else Path("runs") / law
+    try:
+        inside = sorted(run.glob("stages/*/law.json")) if run.is_dir() and not (run / "law.json").exists() else []
+    except ValueError:  # a null byte
+        raise UsageError(f"`{law}` is not a file name") from None
+    if len(inside) > 1:
+        raise UsageError(f"`{law}` has {len(inside)} laws", *(f"`cpt predict {one}`" for one in inside[:4]))
+    return inside[0] if inside else path
 
 
 def _settings(saved: SavedLaw, given: Mapping[str, Any], force: bool) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.command import Ended, cpt, tree
 from tests.unit.laws import set_m
+from tests.unit.laws.test_table import mutated
 
 FAST = ("bootstrap=0", "--no-compare")
 FIELDS = ("law", "rows", "objective", "params", "intervals", "heldout", "outliers", "warnings", "recommendation")
@@ -152,6 +154,22 @@ def test_constants_of_another_form_of_the_law_are_named_beside_its_own(
 def test_a_law_that_is_not_there_is_told_how_to_make_one(tmp_path: Path) -> None:
     ended = cpt("predict", str(tmp_path / "law.json"), "r_domain=0.5")
     assert ended.code == 2 and "there is no saved law" in ended.err and "cpt fit-law" in ended.err
+
+
+def test_a_run_stands_for_the_law_of_its_one_law_stage(
+    saved: tuple[Path, Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in ("mix", "mix2"):
+        folder = tmp_path / "runs" / "mine" / "stages" / stage
+        folder.mkdir(parents=True)
+        if stage == "mix":
+            (folder / "law.json").write_bytes((saved[0] / "law.json").read_bytes())
+    for name in ("mine", "runs/mine", "runs/mine/stages/mix"):
+        assert cpt("predict", name, "r_domain=0.5").code == 0, name
+    (folder / "law.json").write_bytes((saved[0] / "law.json").read_bytes())
+    ended = cpt("predict", "mine", "r_domain=0.5")
+    assert ended.code == 2 and "`mine` has 2 laws" in ended.err and "stages/mix/law.json" in ended.err
 
 
 def test_json_is_one_value_with_the_named_fields(runs: Path) -> None:
@@ -369,6 +387,50 @@ def test_every_setting_has_a_key_or_a_flag() -> None:
         "columns",
         "out",
     }
+
+
+CELLS = ["0", "1", "0.5", "1e-9", "1e300", "5e12", "2.5", "0.999999", "", "100", "2.3", "25%", "1B", "-0", "1e5", "x"]
+
+
+def gently_mutated(rows: list[str], rng: random.Random) -> list[str]:
+    """A few changes that leave a table: cells, whole columns, rows away or doubled, columns swapped."""
+    cells = [row.split(",") for row in rows]
+    for _ in range(rng.randint(1, 3)):
+        kind, row, column = rng.randrange(5), rng.randrange(1, len(cells)), rng.randrange(len(cells[0]))
+        if kind == 0:
+            cells[row][column] = rng.choice(CELLS)
+        elif kind == 1 and len(cells) > 4:
+            del cells[row]
+        elif kind == 2:
+            value = rng.choice(CELLS)
+            for line in cells[1:]:
+                line[column] = value
+        elif kind == 3:
+            cells.insert(row, list(cells[row]))
+        else:
+            other = rng.randrange(len(cells[0]))
+            for line in cells:
+                line[column], line[other] = line[other], line[column]
+    return [",".join(line) for line in cells]
+
+
+def test_300_mutated_tables_end_the_command_without_a_traceback(runs: Path) -> None:
+    rng = random.Random(11)
+    small = [line for line in set_m.lines() if line.startswith("1.8B") or ",1e+10," in line]
+    ends = []
+    for _ in range(300):
+        rows = gently_mutated([set_m.HEAD, *small], rng)
+        if rng.random() < 0.2:
+            runs.write_bytes(mutated("\n".join(rows).encode(), rng))
+        else:
+            set_m.write(runs, rows[1:], rows[0])
+        law = rng.choice((["law=mixing", "where=tokens==1e10 and n_params==1.8e9"], ["law=chinchilla"]))
+        more = rng.choice(([], ["tolerance=3%", "base_general=2.3"], ["compute=1e20", "ratio=0.5"]))
+        ended = cpt("fit-law", "data=runs.csv", *law, *more, *FAST, "--json")
+        assert ended.code in (0, 2), (rows, ended)
+        assert bool(ended.out) == (ended.code == 0)
+        ends.append(ended.code)
+    assert 50 < sum(code == 0 for code in ends) < 250
 
 
 def several(path: Path) -> Path:
