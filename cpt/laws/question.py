@@ -274,6 +274,10 @@ def _allocation(table: Table, fits: Fits, settings: Settings) -> Recommendation:
         return fit.loss(points(n_params=n_params_G, tokens=tokens_G, share=share, base=fit.base))
 
     found = allocation(loss, flops=settings.compute)
+    losses = {name: found.loss}
+    if name == DOMAIN and GENERAL in fits and ratio is not None:
+        general = loss_along(fits[GENERAL], found.value)
+        losses[GENERAL] = Estimate.of(general(np.array([1 - ratio]), np.array([found.tokens.value]))[:, 0])
     far = distance(fit.rows, n_params=found.value, tokens=found.tokens.value, share=share)
     exact = {} if ratio is None else {DOMAIN: Estimate(ratio), GENERAL: Estimate(1 - ratio)}
     return Recommendation(
@@ -283,7 +287,7 @@ def _allocation(table: Table, fits: Fits, settings: Settings) -> Recommendation:
         mixture=exact,
         n_params=found.value,
         tokens=found.tokens,
-        losses={name: found.loss},
+        losses=losses,
         base={},
         limits={},
         ratio_D=np.empty(0),
