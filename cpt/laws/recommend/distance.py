@@ -63,6 +63,7 @@ def distance(
     """
     columns: list[tuple[str, Floats, float]] = []
     factors: dict[str, float] = {}
+    what = "the ratio"
     for name, column_R, asked in (("n_params", rows.n_params_R, n_params), ("tokens", rows.tokens_R, tokens)):
         if column_R is not None and asked is not None:
             factors[name] = _times(column_R, asked)
@@ -70,7 +71,9 @@ def distance(
     if shares is not None and rows.shares_RK is not None:
         shares = np.asarray(shares, np.float64)
         parts = [_beyond(column_R, h) for column_R, h in zip(rows.shares_RK.T, shares, strict=True)]
-        factors["ratio"] = max(parts)
+        worst = int(np.argmax(parts))
+        factors["ratio"] = parts[worst]
+        what = f"the share of `{rows.corpora[worst]}`" if rows.corpora else what
         columns += [("ratio", rows.shares_RK[:, k], float(shares[k])) for k in range(len(shares) - 1)]
     elif share is not None and rows.share_R is not None:
         factors["ratio"] = _beyond(rows.share_R, share)
@@ -78,7 +81,7 @@ def distance(
     beyond = [name for name, factor in factors.items() if factor > 1]
     inside = not beyond and _in_hull(columns)
     strong = tuple(name for name in beyond if factors[name] > STRONG.get(name, math.inf))
-    return Distance(inside, factors, strong, _reason(inside, factors, beyond))
+    return Distance(inside, factors, strong, _reason(inside, factors, beyond, what))
 
 
 def _times(column_R: Floats, asked: float) -> float:
@@ -94,7 +97,7 @@ def _beyond(column_R: Floats, asked: float) -> float:
     excess = max(asked - high, low - asked)
     if excess <= 1e-9:
         return 1.0
-    return 1 + excess / (high - low) if high > low else math.inf
+    return float(1 + excess / (high - low)) if high > low else math.inf
 
 
 def _in_hull(columns: list[tuple[str, Floats, float]]) -> bool:
@@ -116,7 +119,7 @@ def _in_hull(columns: list[tuple[str, Floats, float]]) -> bool:
     return bool(found.status == 0 and found.fun < 1e-7)
 
 
-def _reason(inside: bool, factors: Mapping[str, float], beyond: list[str]) -> str:
+def _reason(inside: bool, factors: Mapping[str, float], beyond: list[str], what: str) -> str:
     if inside:
         return "inside the measured points"
     if not beyond:
@@ -125,8 +128,8 @@ def _reason(inside: bool, factors: Mapping[str, float], beyond: list[str]) -> st
     for name in beyond:
         factor = factors[name]
         if name == "ratio":
-            share = "no other ratio was measured" if math.isinf(factor) else f"{factor - 1:.0%} of its range"
-            parts.append(f"the ratio outside the measured ones ({share})")
+            share = "no other was measured" if math.isinf(factor) else f"by {factor - 1:.0%} of their range"
+            parts.append(f"{what} outside the measured ones ({share})")
         else:
             parts.append(f"{_WORDS[name]} {factor:.3g} times beyond the measured range")
     return ", ".join(parts)

@@ -38,7 +38,7 @@ def test_each_factor_tells_how_far_beyond_its_range() -> None:
     assert not found.inside and found.strong == ("n_params", "tokens")
     assert found.reason == (
         "model size 7 times beyond the measured range, tokens 10 times beyond the measured range, "
-        "the ratio outside the measured ones (20% of its range)"
+        "the ratio outside the measured ones (by 20% of their range)"
     )
     mild = distance(grid(), n_params=4e9, tokens=8e10, share=0.5)
     assert mild.factors["n_params"] == pytest.approx(4) and mild.strong == ()
@@ -69,6 +69,7 @@ def test_mixtures_are_judged_by_all_their_shares() -> None:
     assert distance(three, shares=np.full(3, 1 / 3)).inside
     beyond = distance(three, shares=np.array([0.7, 0.2, 0.1]))
     assert not beyond.inside and beyond.factors["ratio"] == pytest.approx(1.25)
+    assert beyond.reason == "the share of `a` outside the measured ones (by 25% of their range)"
     corner = distance(three, shares=np.array([0.5, 0.5, 0.0]))
     assert not corner.inside
 
