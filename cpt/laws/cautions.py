@@ -19,7 +19,7 @@ WIDE = 0.2  # interval of a ratio that says little [fraction]
 AGREEING = 5  # restarts that should find the same optimum
 WORSE = 3.0  # held-out error over in-sample error
 _FAR = 2.0  # a share further beyond the measured ones than these are apart
-_STEADY = ("constant", "wsd_stable", "infinite")
+_STEADY = ("constant", "infinite")  # schedules of the lr that do not end in a decay
 
 Fits = Mapping[str, TargetFit]
 
