@@ -244,6 +244,7 @@ STAGE_KEYS: dict[str, Node] = {
 LAW_RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Keys of a law stage as a person writes them; `config/laws.py` makes proxies and options of `stages/law.py` of them.
 LAW_KEYS: dict[str, Node] = {
+    "from": Key(kinds.text, "where proxies of the run's own size start", None, "where the stage in `for` starts"),
     "for": Key(kinds.name, "the train stage whose mixture is wanted", None, "the stage that takes a value of the law"),
     "law": Key(kinds.name, "which law; `auto` takes the one with the smallest held-out error", None,
                "dcpt; mixing for mixtures of several sources, and for weight averages"),
@@ -274,7 +275,8 @@ LAW_KEYS: dict[str, Node] = {
     "tolerance": Key(kinds.optional(kinds.part), "rise of the general loss above the base's that is allowed", None,
                      "5%, unless `eps_g` is given"),
     "eps_g": Key(kinds.optional(kinds.number(0, unit="nats/token")), "the same as an amount", None, "none"),
-    "max_cost": Key(kinds.part, "most that the proxies may cost, as a part of the compute of the stage in `for`", 0.35),
+    "max_cost": Key(kinds.part, "most that the proxies may cost, as a part of the compute of the stage in `for` and of "
+                    "those that come from it", 0.35),
     "how": Key(kinds.choice("runs", "merge"), "runs: a proxy for each mixture; merge: one for each source, whose "
                "averaged weights stand for mixtures", "runs"),
     "file": Key(kinds.optional(kinds.text), "a saved law, instead of proxies", None, "none"),

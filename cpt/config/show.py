@@ -65,6 +65,9 @@ def _node(node: Node, value: Any, path: Path_, composed: Composed) -> Iterator[R
     elif isinstance(node, Section):
         if node.optional and not value:
             yield Row(path, "none", "", DEFAULT, node.help)
+        elif path[:1] == ("stages",) and path[2:3] == ("train",):  # of a law: what is not here is as in another stage
+            keys = {n: k for n, k in node.keys.items() if value and n in value}
+            yield from _section(keys, value, path, composed)
         elif path[:1] == ("stages",) and len(path) == 2:
             yield from _section(_stage_keys(node, value or {}), value or {}, path, composed)
         else:

@@ -61,6 +61,11 @@ def test_plan_of_demo(project: Path) -> None:
     same("plan_demo", text, project)
 
 
+def test_plan_with_a_law(project: Path) -> None:
+    text = cpt("plan", "recipe=demo-law", "--plot").out
+    same("plan_demo-law", re.sub(r" *corpus +passes so far| *≈[\d.]+[KMB] +≈\d+\.\d\d", " ≈", text), project)
+
+
 @pytest.mark.parametrize("recipe", GIVEN)
 def test_plans_of_the_other_recipes(recipe: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "devices", lambda: GPUS)
