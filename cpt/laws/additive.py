@@ -54,7 +54,7 @@ class Additive(Law):
         found += [Parameter(f"gamma_{corpus}", 0.01, 3.0, log=False) for corpus in self.corpora]
         for factor, exponent, high in self._sizes():
             if self.joint:
-                found += [Parameter(f"{factor}_{corpus}", -30.0, 40.0) for corpus in self.corpora]
+                found += [Parameter(f"C{factor}_{corpus}", -30.0, 40.0) for corpus in self.corpora]
                 found.append(Parameter(f"g{factor}", 0.05, 3.0, log=False))
             else:
                 found.append(Parameter(factor, -10.0, high))
