@@ -61,4 +61,4 @@ def test_every_command_of_the_readme_exists_and_is_named_there() -> None:
 
 def test_every_shipped_recipe_is_in_the_readme() -> None:
     shipped = {path.stem for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")}
-    assert shipped <= set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert shipped <= set(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE))
