@@ -33,6 +33,8 @@ KINDS: dict[str, keys.Kind] = {
     "compute": keys.amount,
     "ratio": keys.share,
     "penalty": keys.amount,
+    "k1": keys.nats,
+    "k2": keys.amount,
     "caps": keys.amounts,
     "limits": keys.amounts,
     "goal": keys.amounts,
@@ -80,6 +82,7 @@ def command(
     domain_tokens=1B epochs=2 budget=20B   limited domain data: how much of it there is
     compute=1e21 ratio=0.5         split a compute budget between size and tokens
     caps={web: 10B} limits={web: 3.1} goal={code: 1}     several corpora: tokens, losses, weights
+    k1=2.1 k2=0.3           law=cross_dcpt: the probe of the domain that is asked about
     penalty=1000            law=cmr: weight of a general loss above its limit
     bootstrap=200 seed=0 delta=1e-3 options.NAME=VALUE decaying_lr=true
     out=FOLDER              law.json for `cpt predict` and recipes, pictures, law.html

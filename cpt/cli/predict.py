@@ -39,7 +39,7 @@ KINDS: dict[str, keys.Kind] = {
     "goal": keys.amounts,
 }
 FAMILIES: dict[str, keys.Kind] = {"base_": keys.nats}
-_POINT = ("r_domain", "r_general", "mixture", "unique_tokens", "k1", "k2")
+_POINT = ("r_domain", "r_general", "mixture", "unique_tokens")
 _QUESTION = ("tolerance", "eps_g", "domain_tokens", "compute", "limits", "goal", "caps")
 _SUM = 0.005  # shares that miss 1 by more are wrong [fraction]
 
@@ -155,7 +155,8 @@ def _predict(
     warnings: list[str] = []
     lies: Distance | None = None
     for name, target in saved.targets.items():
-        extra = {key: given.get(key) for key in ("unique_tokens", "k1", "k2")} | {"base": table.base_loss(name, size)}
+        extra = {"unique_tokens": given.get("unique_tokens"), "k1": settings.k1, "k2": settings.k2}
+        extra["base"] = table.base_loss(name, size)
         _refuse_lacking(saved, name, extra, size, tokens)
         point = saved.points(name, n_params=size, tokens=tokens, shares=shares, **extra)
         losses[name] = Estimate.of(saved.predict(name, point)[:, 0])
@@ -165,7 +166,8 @@ def _predict(
         share = shares.get(name) if shares and several is None else None
         far = distance(target.rows, n_params=size, tokens=tokens, share=share, shares=several)
         lies = lies or far
-        warnings += _warnings(saved, name, far.strong, far.reason, share, size, tokens)
+        lowest = _lowest(saved, name, size, tokens, settings)
+        warnings += _warnings(name, far.strong, far.reason, share, lowest)
     assert lies is not None
     for text in dict.fromkeys(warnings):
         warning(text)
@@ -208,19 +210,10 @@ def _refuse_lacking(
             raise UsageError(f"the law `{saved.law}` predicts nothing without `{key}`", f"give `{key}=`")
 
 
-def _warnings(
-    saved: SavedLaw,
-    name: str,
-    strong: tuple[str, ...],
-    reason: str,
-    share: float | None,
-    size: float | None,
-    tokens: float | None,
-) -> list[str]:
+def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | None, lowest: float | None) -> list[str]:
     found = []
     if "beyond" in reason or "outside" in reason:
         found.append(f"{reason}: the prediction extrapolates" + (" far" if strong else ""))
-    lowest = _lowest(saved, name, size, tokens)
     if share is not None and lowest is not None and 0 < share < lowest:
         found.append(
             f"r_{name} {share:.3g} lies below {lowest:.3g}, where the fitted {name} loss stops rising with its own "
@@ -229,15 +222,16 @@ def _warnings(
     return found
 
 
-def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None) -> float | None:
+def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None, settings: Settings) -> float | None:
     """Below this share the law of a loss does not hold; None for losses without a share of their own."""
-    from cpt.laws import shape
+    from cpt.laws import question, shape
 
     target = saved.targets[name]
-    if target.rows.share_R is None or len(saved.table.shares) != 2 or "shares" in target.law.needs:
+    probe = question.probe_of(target.law, settings)
+    if target.rows.share_R is None or len(saved.table.shares) != 2 or not question.by_ratio(target.law, probe):
         return None
     base = saved.table.base_loss(name, size)
-    return shape.lowest_valid_share(target.law, target.theta_DP[0], size, tokens, base)
+    return shape.lowest_valid_share(target.law, target.theta_DP[0], size, tokens, base, probe)
 
 
 def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], json: bool) -> int:
@@ -250,7 +244,10 @@ def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], js
     size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
     targets: Any = {
         name: dataclasses.replace(
-            target, base=table.base_loss(name, size), lowest_share=_lowest(saved, name, size, tokens)
+            target,
+            base=table.base_loss(name, size),
+            lowest_share=_lowest(saved, name, size, tokens, settings),
+            probe=question.probe_of(target.law, settings),
         )
         for name, target in saved.targets.items()
     }

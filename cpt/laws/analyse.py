@@ -173,9 +173,11 @@ def _target(
     rows = found.rows
     steps = {} if table.step is None else dict(zip(table.line.tolist(), table.step.tolist(), strict=True))
     length = question.asked_tokens(table, settings)
+    probe = question.probe_of(found.law, settings)
     lowest = None
-    if rows.share_R is not None and len(table.shares) == 2 and "shares" not in found.law.needs:
-        lowest = shape.lowest_valid_share(found.law, theta_DP[0], size, length, table.base_loss(name, size))
+    if rows.share_R is not None and len(table.shares) == 2 and question.by_ratio(found.law, probe):
+        base = table.base_loss(name, size)
+        lowest = shape.lowest_valid_share(found.law, theta_DP[0], size, length, base, probe)
     return TargetFit(
         name=name,
         fit=found,
@@ -191,6 +193,7 @@ def _target(
         identified=identify.identified(found),
         base=table.base_loss(name, size),
         lowest_share=lowest,
+        probe=probe,
     )
 
 

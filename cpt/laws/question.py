@@ -23,6 +23,7 @@ import numpy as np
 from cpt.base.errors import UsageError
 from cpt.base.units import show_count
 from cpt.laws.cmr import UNIT, Cmr
+from cpt.laws.law import Law
 from cpt.laws.question_mixture import recommend_mixture
 from cpt.laws.ratio_curve import ratio_curve
 from cpt.laws.recommend.allocation import allocation
@@ -69,6 +70,30 @@ def asked_tokens(table: Table, settings: Settings) -> float | None:
     return float(table.tokens.max())
 
 
+def probe_of(law: Law, settings: Settings) -> dict[str, float]:
+    """`k1` and `k2` of the domain that is asked about, for a law over several domains; empty when they are not set."""
+    if "k1" not in law.needs or settings.k1 is None or settings.k2 is None:
+        return {}
+    return {"k1": settings.k1, "k2": settings.k2}
+
+
+def by_ratio(law: Law, probe: Mapping[str, float]) -> bool:
+    """Whether the law can be asked for its loss at a ratio, a size and a length, and nothing else."""
+    if "k1" in law.needs:
+        return bool(probe)
+    return not {"shares", "unique_tokens"} & set(law.needs)
+
+
+def _unasked(fits: Fits) -> str:
+    """Why the laws cannot be asked for a ratio or a size; empty when they can."""
+    for fit in fits.values():
+        if "k1" in fit.law.needs and not fit.probe:
+            return f"`{fit.law.name}` is a law over several domains: `k1=` and `k2=` say which is meant"
+        if "unique_tokens" in fit.law.needs:
+            return f"`{fit.law.name}` is about epochs, not about mixtures: `cpt predict` asks it with `unique_tokens=`"
+    return ""
+
+
 def loss_along(fit: TargetFit, n_params: float | None) -> Loss:
     """loss_DG of a target by share of its corpus and tokens, at one size."""
     if isinstance(fit.law, Cmr):
@@ -80,7 +105,14 @@ def loss_along(fit: TargetFit, n_params: float | None) -> Loss:
         tokens_G = np.broadcast_to(tokens_G, share_G.shape)
         shares_GK = None if own is None else np.stack([share_G, 1 - share_G][:: -1 if own else 1], axis=1)
         asked = points(
-            n_params=n_params, tokens=tokens_G, share=share_G, shares=shares_GK, corpora=corpora, base=fit.base
+            n_params=n_params,
+            tokens=tokens_G,
+            share=share_G,
+            shares=shares_GK,
+            corpora=corpora,
+            base=fit.base,
+            k1=fit.probe.get("k1"),
+            k2=fit.probe.get("k2"),
         )
         return fit.loss(asked)
 
@@ -94,6 +126,10 @@ def recommend(table: Table, fits: Fits, settings: Settings) -> tuple[Recommendat
         UsageError: what was asked needs a loss, a column or a base loss that is missing.
     """
     limit = settings.tolerance is not None or settings.eps_g is not None
+    if reason := _unasked(fits):
+        if limit or settings.domain_tokens is not None or settings.compute is not None:
+            raise UsageError(reason)
+        return None, reason
     if len(table.shares) > 2:
         if limit or settings.domain_tokens is not None:
             key = "domain_tokens" if settings.domain_tokens is not None else "tolerance` or `eps_g"
@@ -271,7 +307,8 @@ def _allocation(table: Table, fits: Fits, settings: Settings) -> Recommendation:
     share = None if ratio is None else ratio if name != GENERAL else 1 - ratio
 
     def loss(n_params_G: Floats, tokens_G: Floats) -> Floats:
-        return fit.loss(points(n_params=n_params_G, tokens=tokens_G, share=share, base=fit.base))
+        k1, k2 = fit.probe.get("k1"), fit.probe.get("k2")
+        return fit.loss(points(n_params=n_params_G, tokens=tokens_G, share=share, base=fit.base, k1=k1, k2=k2))
 
     found = allocation(loss, flops=settings.compute)
     losses = {name: found.loss}

@@ -217,6 +217,7 @@ class TargetFit:
         base: loss of the base model at the size that is asked about; None when unknown [nats/token].
         lowest_share: r_i: below this share of the measured corpus the fitted loss rises with the share, which no
             training does, so that the law does not hold there; None for laws without one share [fraction].
+        probe: `k1` and `k2` of the domain that is asked about, for laws over several domains.
     """
 
     name: str
@@ -233,6 +234,7 @@ class TargetFit:
     identified: Identified
     base: float | None
     lowest_share: float | None = None
+    probe: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def law(self) -> Law:

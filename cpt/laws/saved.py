@@ -52,6 +52,7 @@ class SavedTarget:
         heldout: mean relative error on rows left out; None when nothing could be left out [fraction].
         in_sample: the same on the fit's own rows [fraction].
         lowest_share: below this share of the measured corpus the law does not hold; None when nobody looked [fraction].
+        probe: `k1` and `k2` of the domain that is asked about, for laws over several domains.
     """
 
     name: str
@@ -63,6 +64,7 @@ class SavedTarget:
     heldout: float | None
     in_sample: float | None
     lowest_share: float | None = None
+    probe: Mapping[str, float] = field(default_factory=dict)
 
     def loss(self, points: Rows) -> Floats:
         """loss_DR at points [nats/token]; row 0 the fit."""
@@ -295,14 +297,15 @@ class SavedLaw:
                 raise UsageError(f"`{path}` holds no parameters of the law `{law.name}` for `{name}`")
             if name not in table.losses:
                 raise UsageError(f"`{path}` has a law of `{name}`, and its table measures {_named(table.losses)}")
-            numbers = {k: None if one[k] is None else float(one[k]) for k in ("base", "heldout", "in_sample")}
             targets[name] = SavedTarget(
                 name=name,
                 law=law,
                 theta_DP=theta_DP,
                 rows=table.rows(name).in_order(),
+                base=_number(one["base"]),
                 objective=float(one["objective"]),
-                **numbers,
+                heldout=_number(one["heldout"]),
+                in_sample=_number(one["in_sample"]),
             )
         if not targets:
             raise UsageError(f"`{path}` holds the law of no loss")
@@ -357,6 +360,10 @@ def _table(held: Mapping[str, Any], path: Path) -> Table:
     if table.fingerprint != held["fingerprint"]:
         raise UsageError(f"the measurements in `{path}` were changed after the law was fitted", "fit it again")
     return table
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _value(estimate: Any) -> Any:

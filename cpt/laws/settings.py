@@ -29,6 +29,8 @@ class Settings:
         caps: for mixtures of several corpora, most tokens to read of each [tokens].
         limits: for mixtures of several corpora, highest loss allowed on each [nats/token].
         goal: for mixtures of several corpora, weight of each loss in what is made small.
+        k1, k2: for `law=cross_dcpt`, of the domain that is asked about: its loss before training [nats/token], and the
+            rate at which it falls in a probe.
         penalty: for `law=cmr`, lambda: how much a general loss above its limit counts against the domain loss.
         bootstrap: number of resamples; 0 gives no intervals.
         seed: of starts and resamples.
@@ -53,6 +55,8 @@ class Settings:
     caps: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     limits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     goal: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    k1: float | None = None
+    k2: float | None = None
     penalty: float = 1000.0
     bootstrap: int = 200
     seed: int = 0

@@ -74,7 +74,12 @@ def running_median(value_R: Floats) -> Floats:
 
 
 def lowest_valid_share(
-    law: Law, theta_P: Floats, n_params: float | None, tokens: float | None, base: float | None = None
+    law: Law,
+    theta_P: Floats,
+    n_params: float | None,
+    tokens: float | None,
+    base: float | None = None,
+    probe: Mapping[str, float] | None = None,
 ) -> float:
     """r_i: below this share of the measured corpus the fitted loss rises with the share, which no training does.
 
@@ -82,7 +87,9 @@ def lowest_valid_share(
     falls.
     """
     share_G = np.concatenate([[0.0], np.geomspace(1e-8, 1, 1601)])
-    loss_G = law.loss(theta_P[None], points(n_params=n_params, tokens=tokens, share=share_G, base=base))[0][0]
+    k1, k2 = (probe or {}).get("k1"), (probe or {}).get("k2")
+    asked = points(n_params=n_params, tokens=tokens, share=share_G, base=base, k1=k1, k2=k2)
+    loss_G = law.loss(theta_P[None], asked)[0][0]
     falls_G = np.diff(loss_G) < 0
     if falls_G[0] or not np.any(np.diff(loss_G) > 1e-12 * loss_G[0]):
         return 0.0

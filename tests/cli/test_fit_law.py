@@ -499,3 +499,25 @@ def test_a_law_of_repeated_data_asks_for_the_distinct_tokens(tmp_path: Path, mon
     ]
     losses = [one["losses"]["loss"]["value"] for one in found]
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_law_over_domains_is_asked_for_a_domain_by_its_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for i, (k1, k2) in enumerate([(2.1, 0.3), (2.8, 0.5), (1.7, 0.2), (2.4, 0.8)]):
+        for n in (5e8, 2e9):
+            for r in (0.1, 0.3, 0.6, 1.0):
+                for d in (2e9, 1e10):
+                    loss = set_m.loss(set_m.DOMAIN, n, d, r) + 0.4 / (1 / k1 + 0.5 * k2) ** 0.7
+                    rows.append(f"d{i}-{n:g}-{r},{n:g},{d:g},{r},{loss:.6f},d{i},{k1},{k2}")
+    set_m.write(tmp_path / "domains.csv", rows, "run,n_params,tokens,r_domain,loss_domain,domain,k1,k2")
+    asked = ("data=domains.csv", "law=cross_dcpt", "domain_tokens=1B", *FAST)
+    ended = cpt("fit-law", *asked)
+    assert ended.code == 2 and "`k1=` and `k2=` say which is meant" in ended.err and ended.out == ""
+    ended = cpt("fit-law", *asked, "k1=2.2", "k2=0.4", "out=law")
+    assert ended.code == 0 and "answer   r_domain" in ended.out, ended.err
+    found = json.loads(cpt("predict", "law", "r_domain=0.6", "n_params=2B", "tokens=10B", "--json").out)
+    exact = set_m.loss(set_m.DOMAIN, 2e9, 1e10, 0.6) + 0.4 / (1 / 2.2 + 0.2) ** 0.7
+    assert found["losses"]["domain"]["value"] == pytest.approx(exact, rel=0.005)
+    other = json.loads(cpt("predict", "law", "r_domain=0.6", "n_params=2B", "tokens=10B", "k1=3.5", "--json").out)
+    assert other["losses"]["domain"]["value"] > found["losses"]["domain"]["value"]
