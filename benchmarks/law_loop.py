@@ -25,7 +25,7 @@ STEPS, WARMUP = 64, 4
 TOLERANCE = 0.05
 GRID = tuple(i / 8 for i in range(9))
 UNSEEN = (0.2, 0.45, 0.7)  # neither in the grid nor among the proxies
-RATIOS, PROXY_STEPS, EVERY = (0.25, 0.5, 0.75, 1.0), 48, 8
+RATIOS, PROXY_STEPS, EVERY = (0.0, 0.25, 0.5, 0.75, 1.0), 40, 8
 LAW = "dcpt"
 TARGETS = {"unseen": 0.01, "domain": 0.01, "general": 0.005, "cost": 0.35}
 
