@@ -6,6 +6,7 @@ is put together from it in another way. The page has no scripts and loads nothin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,21 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
 
 def render(run: RunHistory) -> str:
     """The page as HTML."""
+    return fill("report.html", content(run))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A template of this package with values, all of which are escaped."""
     import jinja2
 
-    source = (Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(source).render(**content(run))
+    return environment.get_template(template).render(**values)
 
 
 def content(run: RunHistory) -> dict[str, Any]:
