@@ -116,33 +116,3 @@ class Replay(Law):
         if not self.has_d or rows.tokens_R is None or rows.share_R is None:
             return nothing_R, log_n_R
         return np.log(np.maximum(rows.tokens_R * (1 - rows.share_R), 1.0)), log_n_R
-
-
-def interpolated_replay(tolerance: float, replay_R: Floats, rise_R: Floats) -> float:
-    """The replay share whose measured rise meets a tolerance, straight lines over the logarithm of the share.
-
-    Below the smallest share above 0 the line runs over the share itself.
-
-    Args:
-        tolerance: allowed rise of the general loss [nats/token].
-        replay_R: measured replay shares [fraction].
-        rise_R: rise of the general loss at each [nats/token].
-
-    Raises:
-        UsageError: no measured share meets the tolerance.
-    """
-    order = np.argsort(replay_R, kind="stable")
-    share, rise = np.asarray(replay_R, float)[order], np.asarray(rise_R, float)[order]
-    meets = np.flatnonzero(rise <= tolerance + 1e-12)
-    if not len(meets):
-        raise UsageError(
-            f"no measured replay share keeps the rise within {tolerance:g} nats, the smallest rise is {rise.min():g}"
-        )
-    after = int(meets[0])
-    if after == 0:
-        return float(share[0])
-    part = (rise[after - 1] - tolerance) / (rise[after - 1] - rise[after])
-    low, high = share[after - 1], share[after]
-    if low <= 0:
-        return float(low + part * (high - low))
-    return float(np.exp(np.log(low) + part * (np.log(high) - np.log(low))))

@@ -7,7 +7,7 @@ import pytest
 
 from cpt.base.errors import UsageError
 from cpt.laws.fit import fit
-from cpt.laws.replay import Replay, interpolated_replay
+from cpt.laws.replay import Replay
 from cpt.laws.rows import points, rows
 from tests.unit.laws.published import assert_slopes, columns
 
@@ -45,16 +45,6 @@ def test_made_data_give_the_law_back() -> None:
     assert notes == ()
     assert fitted.predict(at) == pytest.approx(exact, rel=2e-3)
     assert fitted.params["alpha"] == pytest.approx(0.5, rel=0.1)
-
-
-def test_f1_the_published_sweep() -> None:
-    share, rise = sweep()
-    assert rise == pytest.approx([1.39, 0.66, 0.40, 0.29, 0.16, 0.07], abs=1e-9)
-    assert interpolated_replay(0.16, share, rise) == pytest.approx(0.25, abs=0.01)
-    assert interpolated_replay(0.22, share, rise) == pytest.approx(0.1 * 2.5 ** (7 / 13), rel=1e-6)
-    assert interpolated_replay(2.0, share, rise) == 0
-    with pytest.raises(UsageError, match=r"no measured replay share keeps the rise within 0.01 nats"):
-        interpolated_replay(0.01, share, rise)
 
 
 def test_the_law_follows_the_published_sweep() -> None:
