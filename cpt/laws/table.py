@@ -31,6 +31,7 @@ from cpt.laws.where import parse as parse_where
 DOMAIN, GENERAL, LONE = "domain", "general", "loss"
 MOST_LOSS = 1e3  # [nats/token] no vocabulary gives more
 FEWEST_TOKENS, FEWEST_PARAMS = 1e5, 1e4  # below, the unit is likely wrong
+SAME_SIZE = 0.01  # sizes that differ by less, `85.1M` and 85,131,264, are of one base model [fraction]
 SAME_BASE = 0.005  # measurements of one base model that differ by more are not of one model [fraction]
 
 
@@ -161,7 +162,9 @@ class Table:
         """
         known = [b for b in self.base if target in b.losses]
         if n_params is not None:
-            same = [b for b in known if b.n_params is not None and math.isclose(b.n_params, n_params, rel_tol=1e-6)]
+            same = [
+                b for b in known if b.n_params is not None and math.isclose(b.n_params, n_params, rel_tol=SAME_SIZE)
+            ]
             known = same or [b for b in known if b.n_params is None]
         return known[0].losses[target] if len(known) == 1 else None
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cpt.base.units import show_count
+from cpt.base.units import parse_amount, show_count
 from cpt.laws.result import Analysis, Errors, Estimate, Recommendation
 from cpt.laws.table import Table
 from cpt.report import show
@@ -236,12 +236,18 @@ def _example(analysis: Analysis) -> list[str]:
     table = analysis.table
     found = []
     if table.n_params is not None:
-        found.append(f"n_params={show_count(float(table.n_params.max())).strip()}")
+        found.append(f"n_params={_typed(float(table.n_params.max()))}")
     if table.tokens is not None:
-        found.append(f"tokens={show_count(float(table.tokens.max())).strip()}")
+        found.append(f"tokens={_typed(float(table.tokens.max()))}")
     if len(table.shares) == 2 and "domain" in table.shares:
         found.append("r_domain=0.5")
     return found
+
+
+def _typed(count: float) -> str:
+    """A count as a person would type it, exact."""
+    short = show_count(count).strip()
+    return short if parse_amount(short) == count else f"{count:.15g}"
 
 
 def _loss(name: str) -> str:

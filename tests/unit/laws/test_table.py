@@ -151,6 +151,7 @@ def test_rounded_shares_are_scaled_and_said_and_wrong_ones_refused(tmp_path: Pat
 def test_rows_before_training_are_the_base(tmp_path: Path) -> None:
     found = table.read(write(tmp_path, "base,1e9,0,,2.9,1.9", "base,2e9,0,,2.7,1.8", *LINES))
     assert found.base_loss("general", 1e9) == 1.9 and found.base_loss("domain", 2e9) == 2.7
+    assert found.base_loss("general", 1.004e9) == 1.9  # as `1.00B` would be typed
     assert found.base_loss("general", 5e9) is None and found.base_loss("general") is None
     assert found.rows("general").base_R.tolist() == [1.9, 1.9, 1.9, 1.9, 1.8, 1.8]  # type: ignore[union-attr]
     assert len(found) == 6
