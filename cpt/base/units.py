@@ -59,7 +59,10 @@ def parse_amount(value: object) -> float:
     parts = _split(str(value))
     if parts is None or parts[1].upper() not in (*_COUNT, "%"):
         raise _refuse("a number", value, forms)
-    return parts[0] / 100 if parts[1] == "%" else parts[0] * _COUNT[parts[1].upper()]
+    amount = parts[0] / 100 if parts[1] == "%" else parts[0] * _COUNT[parts[1].upper()]
+    if not math.isfinite(amount):
+        raise _refuse("a finite number", value, forms)
+    return amount
 
 
 def parse_share(value: object) -> float:

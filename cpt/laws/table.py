@@ -162,10 +162,11 @@ class Table:
         """
         known = [b for b in self.base if target in b.losses]
         if n_params is not None:
-            same = [
-                b for b in known if b.n_params is not None and math.isclose(b.n_params, n_params, rel_tol=SAME_SIZE)
-            ]
-            known = same or [b for b in known if b.n_params is None]
+            far = {i: abs(b.n_params / n_params - 1) for i, b in enumerate(known) if b.n_params is not None}
+            nearest = min(far, key=lambda i: far[i], default=None)
+            if nearest is not None and far[nearest] <= SAME_SIZE:
+                return known[nearest].losses[target]
+            known = [b for b in known if b.n_params is None]
         return known[0].losses[target] if len(known) == 1 else None
 
     def with_base(self, losses: Mapping[str, float]) -> Table:

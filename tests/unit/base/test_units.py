@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
 from cpt.base.units import (
+    parse_amount,
     parse_bytes,
     parse_count,
     parse_duration,
@@ -38,6 +39,20 @@ def test_what_is_not_a_count_is_refused_with_the_accepted_forms(text: object) ->
 @pytest.mark.parametrize(("text", "share"), [("0.5%", 0.005), (0.05, 0.05), ("100%", 1.0), (0, 0.0), ("1", 1.0)])
 def test_shares(text: object, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("1.8B", 1.8e9), ("1.5e9", 1.5e9), ("25%", 0.25), ("-3%", -0.03), ("0.1k", 100.0), (6795600349.29, 6795600349.29)],
+)
+def test_amounts_need_not_be_whole(text: object, amount: float) -> None:
+    assert parse_amount(text) == pytest.approx(amount, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "B", "1e999", "1e308T", "nan", True, None, "5 %%", "ten"])
+def test_what_is_not_an_amount_is_refused(text: object) -> None:
+    with pytest.raises(UsageError, match="accepted forms"):
+        parse_amount(text)
 
 
 @pytest.mark.parametrize("text", ["101%", -0.1, 2, "half", True, "5%%"])
