@@ -16,13 +16,11 @@ from typing import Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.base.registry import unknown
-from cpt.base.units import show_count
 from cpt.config.kinds import LawValue
 from cpt.config.law_grid import Grid, Size, law_name, make_grid, proxies, proxy_tokens, seed_of
 from cpt.config.suggest import dotted
-from cpt.plan.budget import proxy_cost
 from cpt.plan.check import decays
-from cpt.plan.types import ModelConfig, RunPlan, StagePlan, to_json
+from cpt.plan.types import ModelConfig, StagePlan, to_json
 
 TOLERANCE = 0.05  # rise of the general loss that is allowed when the recipe says nothing [fraction]
 RATIO = 0.5  # stands in for a ratio that is not known yet
@@ -260,39 +258,3 @@ def with_facts(stages: Mapping[str, StagePlan], model: ModelConfig | None) -> di
             stage = dataclasses.replace(stage, options={**stage.options, **facts})
         found[name] = stage
     return found
-
-
-def too_costly(plan: RunPlan) -> Iterator[PlanError]:
-    """Laws whose proxies cost more than they may."""
-    for name, stage in plan.stages.items():
-        if stage.kind != "law":
-            continue
-        cost, most = proxy_cost(plan, name), float(stage.options["max_cost"])
-        if cost.share is None or cost.share <= most * (1 + 1e-9):
-            continue
-        proxy = next(s.train for s in plan.stages.values() if s.group == name and s.train is not None)
-        per_step = proxy.global_batch_size * proxy.seq_length
-        yield over_cost(name, cost.share, most, int(proxy.steps * most / cost.share) * per_step)
-
-
-def over_cost(name: str, share: float, most: float, tokens: int) -> PlanError:
-    """The error for proxies that cost more than they may.
-
-    Args:
-        share: what they cost, as a part of the target stage's compute [fraction].
-        most: what they may cost [fraction].
-        tokens: of one proxy, so that all of them cost that; 0 when a step is too long [tokens].
-    """
-    digits = 10 ** max(0, len(str(tokens)) - 3)
-    less = tokens // digits * digits  # whole numbers to type
-    hints = [f"`stages.{name}.tokens={show_count(less).replace(',', '')}`"] if less else []
-    return PlanError(
-        f"the proxies of `{name}` cost {share:.0%} of the real run's compute (6·N·D), "
-        f"more than `stages.{name}.max_cost` of {most:.0%}",
-        " or ".join([*hints, "fewer `ratios`", "`how=merge`"]) + " costs less",
-        f"`stages.{name}.max_cost={_ceil_percent(share)}%` allows it",
-    )
-
-
-def _ceil_percent(share: float) -> int:
-    return -int(-100 * share // 1)

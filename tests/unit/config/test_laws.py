@@ -211,6 +211,9 @@ WRONG = {
     "stages.mix.general=[law]": ("both in `domain` and in `general`", ""),
     "stages.mix.ratios=[0, 1]": ("2 mixtures: no law can be fitted to fewer than 3", ""),
     "stages.mix.ratios=[0, 0.5, 1]": ("needs at least 4", "stages.mix.law=mixing"),
+    "stages.mix.every=20k": ("5 rows are too few for the law `dcpt`", "a smaller `stages.mix.every`"),
+    "stages.mix.law=mixing": ("holds at one size and one token count", "`~stages.mix.every` measures at the end only"),
+    "stages.mix.law=additive": ("needs the shares of all corpora", "law=auto"),
     "stages.mix.law=dcptt": ("unknown law `dcptt`", "did you mean `dcpt`?"),
     "stages.mix.how=merg": ("`merg` is not one of", "did you mean `merge`?"),
     "stages.mix.toknes=1k": ("unknown key `stages.mix.toknes`", "did you mean `stages.mix.tokens`?"),
@@ -307,26 +310,22 @@ def test_merging_has_one_proxy_for_each_source_and_a_stage_that_measures_average
 
 def test_several_sources_are_spread_over_the_simplex_or_given(project: Path) -> None:
     write_corpus(project / "data" / "books.jsonl", word="BOOKS")
-    three = "+sources.books={paths: data/books.jsonl, valid: 10%}"
-    found = plan(project, three, "~stages.anneal", "stages.mix.runs=8", "stages.mix.law=mixing")
+    three = ["+sources.books={paths: data/books.jsonl, valid: 10%}", "~stages.anneal", "~stages.mix.every"]
+    found = plan(project, *three, "stages.mix.runs=8")
     assert len(proxies(found)) == 8
     assert train(found, "domain").mixture == pytest.approx({"law": 1 / 3, "news": 1 / 3, "books": 1 / 3})
-    given = plan(
-        project, three, "~stages.anneal", "stages.mix.mixtures=[{law: 1}, {news: 1}, {law: 1, news: 1, books: 2}]"
-    )
-    assert [train(given, n).mixture for n in proxies(given)] == [
-        {"law": 1.0},
-        {"news": 1.0},
+    assert found.stages["mix"].options["law"] == "mixing"
+    mixtures = ["{law: 1}", "{news: 1}", "{books: 2}", "{law: 1, news: 1, books: 2}"]
+    mixtures += ["{law: 1, news: 1}", "{law: 1, books: 1}", "{news: 1, books: 1}"]
+    given = plan(project, *three, f"stages.mix.mixtures=[{', '.join(mixtures)}]")
+    assert [train(given, n).mixture for n in proxies(given)][2:5] == [
+        {"books": 1.0},
         {"law": 0.25, "news": 0.25, "books": 0.5},
+        {"law": 0.5, "news": 0.5},
     ]
-    assert given.stages["mix"].options["law"] == "mixing"
-    error = refused(
-        project,
-        three,
-        "~stages.anneal",
-        "stages.mix.runs=8",
-        "stages.domain.mixture={law: '${law:mix.ratio}', news: 1}",
-    )
+    error = refused(project, *three, f"stages.mix.mixtures=[{', '.join(mixtures[:5])}]")
+    assert "law `mixing` over 3 corpora needs 7 rows, found 5" in error.message
+    error = refused(project, *three, "stages.mix.runs=8", "stages.domain.mixture={law: '${law:mix.ratio}', news: 1}")
     assert "unknown value of a law `ratio`" in error.message
 
 
@@ -373,7 +372,7 @@ def test_what_a_law_cannot_know_is_warned_of_before_its_proxies_run(project: Pat
     assert "`domain` is 100 times as long as the proxies of `mix`: the law is extrapolated" in text
     assert decaying.stages["mix"].options["target_decays"] is True
     assert "decays" not in " ".join(build.warnings(plan(project)))
-    assert "have 3 steps" in " ".join(build.warnings(plan(project, "stages.mix.tokens=1.5k")))
+    assert "have 3 steps" in " ".join(build.warnings(plan(project, "stages.mix.tokens=1.5k", "stages.mix.every=512")))
 
 
 def test_the_order_in_the_recipe_does_not_matter(project: Path) -> None:
