@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from cpt.laws.table import Table
 
 KINDS: dict[str, keys.Kind] = {
-    "data": keys.text,
+    "data": keys.path,
     "law": keys.text,
     "where": keys.text,
     "columns": keys.names,
-    "out": keys.text,
+    "out": keys.path,
     "tolerance": keys.rise,
     "eps_g": keys.nats,
     "n_params": keys.amount,

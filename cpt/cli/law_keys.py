@@ -5,6 +5,7 @@ data=runs.csv law=dcpt where='step >= 3000' columns={r_domain: mix} tolerance=3%
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,11 @@ Kind = Callable[[str, str], Any]  # key and text to value
 def text(key: str, value: str) -> str:
     """As written, without quotes around it."""
     return _unquoted(value)
+
+
+def path(key: str, value: str) -> str:
+    """A path; the shell leaves a `~` behind `=` as it is."""
+    return os.path.expanduser(_unquoted(value))
 
 
 def amount(key: str, value: str) -> float:

@@ -200,6 +200,12 @@ def test_where_and_columns_reach_the_table(runs: Path) -> None:
     assert "note: `where` keeps 54 of 72 rows" in ended.err
 
 
+def test_a_tilde_is_the_home_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(runs.parent))
+    one_size = ("law=mixing", "where=tokens==1e10 and n_params==1.8e9")
+    assert cpt("fit-law", "data=~/runs.csv", *one_size, *FAST).code == 0
+
+
 def test_rows_without_any_of_the_measured_corpus_are_used(runs: Path) -> None:
     found = json.loads(cpt("fit-law", "data=runs.csv", *FAST, "--json").out)
     zeros = sum(",0," in line for line in set_m.lines())
