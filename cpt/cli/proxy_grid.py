@@ -7,7 +7,6 @@ The run holds the law stage and what it needs, nothing else; the same command go
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,12 +163,22 @@ def _finish(ended: Result, law: str, overrides: Sequence[str], json: bool) -> in
         result_json(analysis.to_json() | {"run": str(ended.run_dir), "files": files})
         return 0
     result(law_stage.text(analysis, files))
-    result(f"next    {_next(home, law, overrides)}")
+    if not analysis.unfit and (then := _then(ended.plan, law, home, overrides)):
+        result(f"then    `{then}`")
     return 0
 
 
-def _next(home: Path, law: str, overrides: Sequence[str]) -> str:
-    """What to type next: the run itself when its recipe has the law, else a prediction."""
-    if any(text.startswith(f"+stages.{law}=") for text in overrides):
-        return f"cpt predict {shlex.quote(os.path.relpath(home / 'law.json'))}"
-    return shlex.join(["cpt", "run", *overrides])
+def _then(plan: RunPlan, law: str, home: Path, overrides: Sequence[str]) -> str:
+    """The run itself: it takes the law's values when its recipe has the law, else they are written out."""
+    from cpt.stages import law_values
+
+    if not any(text.startswith(f"+stages.{law}=") for text in overrides):
+        return shlex.join(["cpt", "run", *overrides])
+    values, _ = law_values.result(home)
+    options = plan.stages[law].options
+    plain = [text for text in overrides if not text.startswith((f"+stages.{law}=", f"stages.{law}."))]
+    if not values:
+        return ""
+    shares = ", ".join(f"{source}: {share:.3g}" for source, share in values["mixture"].items())
+    target = options["target"]
+    return shlex.join(["cpt", "run", *plain, f"stages.{target}.mixture={{{shares}}}", f"stages.{target}.replay=null"])
