@@ -169,7 +169,7 @@ def _answer(analysis: Analysis, f: TargetFit) -> Draw:
     low_share, high_share = _observed_ratios(f)
 
     def draw(axes: Any) -> None:
-        x_G = np.linspace(0, 1, 201)
+        x_G = _shares(f)
         if answer.usage == "limited" and answer.tokens is not None:
             x_G = x_G[x_G >= max(low_share, 0.005)]
             tokens_G = answer.tokens.value * ratio.value / x_G
@@ -209,8 +209,8 @@ def _answer(analysis: Analysis, f: TargetFit) -> Draw:
             va="top",
             color=COLOURS[1],
         )
-        for edge in (low_share, high_share):
-            axes.axvline(edge, color=RULE, linewidth=1.2)
+        for left, right in ((-1, low_share), (high_share, 2)):  # nothing was measured there
+            axes.axvspan(left, right, color=DIM, alpha=0.1, linewidth=0)
         _ratio_axis(axes)
 
     return draw
@@ -222,7 +222,7 @@ def _ratio(f: TargetFit, size: float | None) -> Draw:
 
     def draw(axes: Any) -> None:
         levels = _some(rows.tokens_R[here], MOST_LEVELS) if rows.tokens_R is not None else [None]
-        along, x_G = loss_along(f, size), np.linspace(0, 1, 201)
+        along, x_G = loss_along(f, size), _shares(f)
         if not _depends_on_tokens(f):
             _curve(axes, x_G, along(_own(f, x_G), np.full(len(x_G), levels[-1] or 1.0)), 0)
         handles = []
@@ -247,7 +247,9 @@ def _iso_ratio(analysis: Analysis, f: TargetFit) -> Draw:
 
     def draw(axes: Any) -> None:
         low, high = _observed_ratios(f)
-        asked = asked_tokens(analysis.table, analysis.settings)
+        asked, answer = asked_tokens(analysis.table, analysis.settings), analysis.recommendation
+        if answer is not None and answer.ratio is not None:
+            low, high = min(low, answer.ratio.value), max(high, answer.ratio.value)
         x_G = np.linspace(low, high, 81)
         t_G = np.geomspace(tokens_R.min(), max(tokens_R.max(), asked or 0.0), 81)
         x_TG, t_TG = np.meshgrid(x_G, t_G)
@@ -255,7 +257,6 @@ def _iso_ratio(analysis: Analysis, f: TargetFit) -> Draw:
         _contours(axes, x_TG, t_TG, loss_TG)
         here = np.ones(len(rows), bool) if size is None or rows.n_params_R is None else _near(rows.n_params_R, size)
         axes.plot(_own(f, share_R[here]), tokens_R[here], ".", color=TEXT, markersize=3.5, clip_on=False)
-        answer = analysis.recommendation
         if answer is not None and answer.ratio is not None and answer.tokens is not None:
             axes.plot(
                 [answer.ratio.value],
@@ -352,6 +353,12 @@ def _depends_on_tokens(f: TargetFit) -> bool:
 def _own(f: TargetFit, x_G: Floats) -> Floats:
     """Domain share to share of the measured corpus, or back."""
     return x_G if f.name == _axis_corpus(f) else 1 - x_G
+
+
+def _shares(f: TargetFit) -> Floats:
+    """Domain shares to draw a curve over: where the law holds for the measured corpus."""
+    lowest = f.lowest_share or 0.0
+    return _own(f, np.linspace(lowest, 1, 201)[(1 if lowest else 0) :])
 
 
 def _axis_corpus(f: TargetFit) -> str:

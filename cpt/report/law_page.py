@@ -34,8 +34,8 @@ GROUPS = {
     "residuals": "What the law misses",
 }
 CAPTIONS = {
-    "answer": "Line and band: the law with its 95 % interval. Orange: the recommended share with its interval. Outside "
-    "of the two thin lines nothing was measured.",
+    "answer": "Line and band: the law with its 95 % interval. Orange: the recommended share with its interval. Grey: "
+    "nothing was measured there.",
     "ratio": "Marks are measurements, lines the law, bands its 95 % interval.",
     "iso": "Along a line the loss is the same [nats/token]. Dots are measurements, a star is the recommendation.",
     "residuals": "Marks in a second colour lie more than five times the usual distance from the law.",
