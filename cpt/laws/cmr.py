@@ -15,13 +15,14 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.laws.fit import DELTA, descend
 from cpt.laws.law import LAWS, Law, Parameter
 from cpt.laws.power import box_cox, fit_power
 from cpt.laws.rows import Floats, Rows
@@ -31,7 +32,8 @@ SAME = 1e-6  # shares nearer than this are one ratio
 SMALLEST = 1e-3  # the ratio law is asked no nearer to R = 0
 MOST = 50.0  # bound on a and b [nats/token]
 EXPONENTS = (-1.5, -1.0, -0.6, -0.3, -0.1, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
-STARTS = 10
+STARTS, SEEDS = 10, 24
+DESCENT = 300  # iterations of each seed
 SIDES = {"domain": 1, "general": 2}  # power terms of the token law
 
 
@@ -106,7 +108,10 @@ class Cmr(Law):
         return loss_BR, gradient_BRP
 
     def starts(self, rows: Rows, rng: np.random.Generator, count: int) -> Floats:
-        """Ratio by ratio the best exponents of a grid, all else by least squares."""
+        """Ratio by ratio: the best exponents of a grid with all else by least squares, each followed to its optimum.
+
+        The ratios share no parameter, so that start i holds the i-th best of every one.
+        """
         assert rows.share_R is not None and rows.tokens_R is not None
         count = min(count, STARTS)
         blocks = []
@@ -123,8 +128,14 @@ class Cmr(Law):
                 pairs = [value for j, s in enumerate(exponents) for value in (solved[j], s)]
                 found.append((miss, [*pairs, solved[-1]]))
             found.sort()
-            picks = np.minimum(np.arange(count), len(found) - 1)
-            blocks.append(np.array([found[i][1] for i in picks]))
+            seed_SQ = np.array([theta for _, theta in found[:SEEDS]])
+            weight_SR = np.broadcast_to(rows.weight_R[at], (len(seed_SQ), int(at.sum())))
+            alone = replace(self, ratios=(ratio,))
+            low_Q, high_Q = alone.bounds
+            seed_SQ = np.clip(seed_SQ, low_Q, high_Q)
+            seed_SQ, score_S = descend(alone, rows.take(at), seed_SQ, weight_SR, DELTA, "linear", DESCENT)
+            order = np.argsort(score_S, kind="stable")
+            blocks.append(seed_SQ[order[np.minimum(np.arange(count), len(order) - 1)]])
         return np.concatenate(blocks, 1)
 
     @classmethod
