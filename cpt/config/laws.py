@@ -19,6 +19,7 @@ from cpt.base.registry import unknown
 from cpt.config.kinds import LawValue
 from cpt.config.law_grid import Grid, Size, law_name, make_grid, proxies, proxy_tokens, seed_of
 from cpt.config.suggest import dotted
+from cpt.plan.budget import training_flops
 from cpt.plan.check import decays
 from cpt.plan.types import ModelConfig, StagePlan, to_json
 
@@ -238,6 +239,14 @@ def of_file(law: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"mixtures": (dict.fromkeys(sources, 1 / len(sources)),)}
 
 
+def _comes_from(stage: StagePlan, name: str, stages: Mapping[str, StagePlan]) -> bool:
+    """Whether a stage is, or goes on from, the one of that name."""
+    at: StagePlan | None = stage
+    while at is not None and at.name != name:
+        at = stages.get(at.parent or "")
+    return at is not None
+
+
 def with_facts(stages: Mapping[str, StagePlan], model: ModelConfig | None) -> dict[str, StagePlan]:
     """The stages with what a law must know of its target and its proxies, now that their lengths and lrs are known."""
     found = {}
@@ -250,6 +259,11 @@ def with_facts(stages: Mapping[str, StagePlan], model: ModelConfig | None) -> di
                 "target_tokens": target.train.tokens,
                 "target_params": size.num_parameters if size is not None else 0,
                 "target_decays": decays(target.train),
+                "real_flops": sum(
+                    training_flops(s.model or model, s.train.tokens)
+                    for s in stages.values()
+                    if s.train is not None and s.group is None and _comes_from(s, target.name, stages)
+                ),
             }
             if proxy is not None:
                 steps = int(str(proxy.lr.options.get("warmup", "0 steps")).split()[0])

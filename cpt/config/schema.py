@@ -284,7 +284,7 @@ LAW_KEYS: dict[str, Node] = {
     "draws": Key(kinds.integer(0, 10_000), "bootstrap resamples", 200),
 }  # fmt: skip
 # Options of a law stage that come from other keys, or from the plan.
-_LAW_FOUND = ("target", "target_tokens", "target_params", "target_decays", "warmup", "content")
+_LAW_FOUND = ("target", "target_tokens", "target_params", "target_decays", "real_flops", "warmup", "content")
 
 SOURCE = Section(
     "a corpus",

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from cpt.base.errors import PlanError
 from cpt.base.units import show_bytes
-from cpt.plan.check import ancestors
 from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
 
 GIB = 2**30
@@ -207,19 +206,15 @@ class ProxyCost:
 def proxy_cost(plan: RunPlan, law: str) -> ProxyCost:
     """The cost of a law stage's proxies, against the target stage and what goes on from it."""
     proxies = [(s, s.train) for s in plan.stages.values() if s.group == law and s.train is not None]
-    flops = sum(_six(plan, stage, train) for stage, train in proxies)
-    target = str(plan.stages[law].options.get("target"))
-    chain = [s for s in plan.stages.values() if target in (s.name, *(a.name for a in ancestors(plan, s)))]
-    real = sum(_six(plan, s, s.train) for s in chain if s.train is not None and s.group is None)
-    options = plan.stages[law].options
-    real = real or 6.0 * options.get("target_params", 0) * options.get("target_tokens", 0)  # it is not in this plan
+    flops = sum(training_flops(plan.model_of(stage), train.tokens) for stage, train in proxies)
+    real = float(plan.stages[law].options.get("real_flops") or 0.0)
     tokens = sum(train.tokens for _, train in proxies)
     return ProxyCost(count=len(proxies), tokens=tokens, flops=flops, share=flops / real if real else None)
 
 
-def _six(plan: RunPlan, stage: StagePlan, train: Train) -> float:
-    model = plan.model_of(stage)
-    return 6.0 * model.num_parameters * train.tokens if model is not None else 0.0
+def training_flops(model: ModelConfig | None, tokens: int) -> float:
+    """6·N·D, the figure that laws count compute in; 0 for an unknown model."""
+    return 6.0 * model.num_parameters * tokens if model is not None else 0.0
 
 
 def _held_out(plan: RunPlan, names: Sequence[str], most: int) -> int:

@@ -38,6 +38,7 @@ class LawStage(StageKind):
         target_tokens: its length [tokens]: what the law is asked at.
         target_params: parameters of its model [count].
         target_decays: whether its lr decays, which proxies with a constant lr do not show.
+        real_flops: compute of the target and of the train stages that come from it, 6·N·D [FLOPs].
         law: name of the law; `auto` = the one with the smallest held-out error.
         domain: sources of the domain with their shares inside it; what `ratio` is the share of.
         general: the other sources with their shares inside the rest.
@@ -54,7 +55,7 @@ class LawStage(StageKind):
         file: a saved law that is used as it is, absolute path.
         data: a table of finished runs that is fitted instead of proxies, absolute path.
         content: hash of `file` or `data`.
-        max_cost: most that the proxies may cost, as a part of the target stage's compute [fraction].
+        max_cost: most that the proxies may cost, as a part of `real_flops` [fraction].
     """
 
     modules: ClassVar[tuple[str, ...]] = ()  # one rank without torch
@@ -63,6 +64,7 @@ class LawStage(StageKind):
     target_tokens: int = 0
     target_params: int = 0
     target_decays: bool = False
+    real_flops: float = 0.0
     law: str = "dcpt"
     domain: Mapping[str, float] = field(default_factory=dict)
     general: Mapping[str, float] = field(default_factory=dict)
