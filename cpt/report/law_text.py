@@ -177,6 +177,7 @@ def recommendation(answer: Recommendation) -> list[str]:
         if corpus in answer.limits:
             line += f", limit {answer.limits[corpus]:.4f}"
         lines.append(f"predicts {line}")
+    lines += _critical(answer)
     distance = answer.more.get("distance")
     if isinstance(distance, str):
         lines.append(f"data     {show.plain(distance)}")
@@ -186,6 +187,23 @@ def recommendation(answer: Recommendation) -> list[str]:
         f"why      {show.plain(note)}" if i == 0 else f"         {show.plain(note)}"
         for i, note in enumerate(answer.notes)
     ]
+    return lines
+
+
+def _critical(answer: Recommendation) -> list[str]:
+    """Both answers of a critical ratio, and when the objective of each measured ratio begins to fall."""
+    turning = answer.more.get("turning")
+    if answer.usage != "cmr" or not isinstance(turning, Estimate):
+        return []
+    rests = show.plain(answer.more.get("turning_rests_on", ""))
+    first = f"{answer.more['threshold']:.3f} by the limit of the general loss"
+    lines = [
+        f"critical {first}, {turning.value:.3f} by where the objective turns ({rests}); {answer.decided_by} decides"
+    ]
+    falls = answer.more.get("falls_from_tokens") or {}
+    known = [f"{float(r):.3g} from {show_count(t)}" for r, t in falls.items() if math.isfinite(t)]
+    if known:
+        lines.append("falls    objective of r_domain " + ", ".join(known) + " tokens on")
     return lines
 
 

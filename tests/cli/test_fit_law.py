@@ -527,3 +527,24 @@ def test_a_law_over_domains_is_asked_for_a_domain_by_its_probe(tmp_path: Path, m
     assert found["losses"]["domain"]["value"] == pytest.approx(exact, rel=0.005)
     other = json.loads(cpt("predict", "law", "r_domain=0.6", "n_params=2B", "tokens=10B", "k1=3.5", "--json").out)
     assert other["losses"]["domain"]["value"] > found["losses"]["domain"]["value"]
+
+
+def test_a_critical_ratio_names_both_conditions_and_which_decides(runs: Path) -> None:
+    rows = []
+    for r in (0.25, 0.4, 0.5, 0.75):
+        for step in range(1, 9):
+            t = 12.0 * step  # in units of 0.2e9 tokens
+            domain = 2.0 - 0.60 * r**0.3 * t**0.20 + 0.3
+            general = 2.5 + r * (0.30 * t**0.35 - 0.14 * t**0.50)
+            rows.append(f"r{r:g},{t * 0.2e9:g},{r:g},{domain:.6f},{general:.6f}")
+    set_m.write(runs, rows, "run,tokens,r_domain,loss_domain,loss_general")
+    asked = ("law=cmr", "base_general=2.5", "base_domain=2.3", "eps_g=0.15", *FAST)
+    ended = cpt("fit-law", "data=runs.csv", *asked)
+    assert ended.code == 0, ended.err
+    (critical,) = [line for line in ended.out.splitlines() if line.startswith("critical ")]
+    answer = json.loads(cpt("fit-law", "data=runs.csv", *asked, "--json").out)["recommendation"]
+    assert f"{answer['more']['threshold']:.3f} by the limit of the general loss" in critical
+    assert f"{answer['more']['turning']['value']:.3f} by where the objective turns" in critical
+    assert (
+        critical.endswith(f"{answer['decided_by']} decides") and "\nfalls    objective of r_domain 0.25 " in ended.out
+    )
