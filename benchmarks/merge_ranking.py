@@ -1,11 +1,11 @@
-"""Do weight averages rank mixtures as training on them does? Four corpora, all pairs, on real text.
+"""Do weight averages rank mixtures as training on them does? Four corpora, all pairs and triples, on real text.
 
     python -m benchmarks.merge_ranking [--folder DIR]
 
-From one small general base a model is trained on each of four corpora, and one on each pair, all of equal length. The
-losses of the averages of two single models are ranked against those of the models trained on both, on every corpus and
-on the mean over them (Spearman). Where all averages of pairs lie within 0.1 nats nothing is ranked. Needs the shared
-data (`CPT_SHARED`, or `../shared` beside the checkout).
+From one small general base a model is trained on each of four corpora, and one on each pair and triple, all of equal
+length. The losses of the averages of single models are ranked against those of the models trained on the mixtures, on
+every corpus and on the mean over them (Spearman). Where all averages lie within 0.1 nats nothing is ranked. Needs the
+shared data (`CPT_SHARED`, or `../shared` beside the checkout).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.law_loop import ROOT, cpt
 
 CORPORA = {"icd": "medical_icd_en", "medquad": "medical_en", "textbooks": "general_en", "code": "code_python"}
-PAIRS = tuple(itertools.combinations(CORPORA, 2))
+MIXED = tuple(c for size in (2, 3) for c in itertools.combinations(CORPORA, size))
 TOKENS = 40 * 16 * 256  # of every run
 TARGET = 0.9  # Spearman correlation
 TIE = 0.1  # [nats/token]
@@ -86,23 +86,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def recipe(shared: Path) -> str:
-    """One law stage whose averages stand for all mixtures of equal shares, and a run for each pair."""
+    """One law stage whose averages stand for all mixtures of equal shares, and a run for each pair and triple."""
     sources = "\n".join(SOURCE.format(name=n, folder=shared / "corpora" / f) for n, f in CORPORA.items())
     subsets = [c for size in range(1, len(CORPORA) + 1) for c in itertools.combinations(CORPORA, size)]
     text = HEAD.format(
         models=shared / "models",
         sources=sources,
         names=", ".join(CORPORA),
-        first=run_name(PAIRS[0]),
+        first=run_name(MIXED[0]),
         mixtures=", ".join(shares(c) for c in subsets),
         tokens=TOKENS,
     )
-    return text + "".join(RUN.format(name=run_name(p), tokens=TOKENS, mixture=shares(p)) for p in PAIRS)
+    return text + "".join(RUN.format(name=run_name(p), tokens=TOKENS, mixture=shares(p)) for p in MIXED)
 
 
-def run_name(pair: tuple[str, ...]) -> str:
-    """Of the stage that is trained on a pair."""
-    return "both-" + "-".join(pair)
+def run_name(corpora: tuple[str, ...]) -> str:
+    """Of the stage that is trained on several corpora."""
+    return "on-" + "-".join(corpora)
 
 
 def shares(corpora: tuple[str, ...]) -> str:
@@ -127,16 +127,16 @@ def compare(run_dir: Path) -> int:
             found = {name: value["loss"] for name, value in event["losses"].items()}
             averaged[tuple(n for n in CORPORA if n in event["mixture"])] = found
     trained = {}
-    for pair in PAIRS:
-        last = measurements(events(run_name(pair)))[-1]
-        trained[pair] = {name: last.losses[name].loss for name in CORPORA}
+    for mixed in MIXED:
+        last = measurements(events(run_name(mixed)))[-1]
+        trained[mixed] = {name: last.losses[name].loss for name in CORPORA}
     missed = 0
-    print(f"\n  {'pair':<22}" + "".join(f"{name:>20}" for name in CORPORA) + "    (average of two, trained on both)")
-    for pair in PAIRS:
-        cells = "".join(f"{averaged[pair][n]:>12.3f} {trained[pair][n]:>7.3f}" for n in CORPORA)
-        print(f"  {' + '.join(pair):<22}{cells}")
+    print(f"\n  {'corpora':<28}" + "".join(f"{name:>20}" for name in CORPORA) + "    (average, trained)")
+    for mixed in MIXED:
+        cells = "".join(f"{averaged[mixed][n]:>12.3f} {trained[mixed][n]:>7.3f}" for n in CORPORA)
+        print(f"  {' + '.join(mixed):<28}{cells}")
     for name in (*CORPORA, "mean of all"):
-        values = [[_loss(losses[pair], name) for pair in PAIRS] for losses in (averaged, trained)]
+        values = [[_loss(losses[mixed], name) for mixed in MIXED] for losses in (averaged, trained)]
         spread = max(values[0]) - min(values[0])
         above = statistics.mean(a - b for a, b in zip(*values, strict=True))
         text = f"{name:<12} averages lie {above:+.3f} nats from runs, range {spread:.3f} nats: "
