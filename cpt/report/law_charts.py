@@ -180,6 +180,7 @@ def _answer(analysis: Analysis, f: TargetFit) -> Draw:
         _curve(axes, x_G, loss_DG, 0)
         lines = {"limit": answer.limits.get(f.name), "base": answer.base.get(f.name)}
         known = [v for v in lines.values() if v is not None]
+        known += [answer.losses[f.name].value] if f.name in answer.losses else []
         inside = (x_G >= low_share - 1e-9) & (x_G <= high_share + 1e-9)
         _frame(axes, np.concatenate([loss_DG[0, inside], known]), room=0.18)
         for (label, value), side in zip(lines.items(), ("bottom", "top"), strict=True):
