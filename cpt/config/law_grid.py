@@ -84,7 +84,8 @@ def make_grid(name: str, law: Mapping[str, Any], values: Mapping[str, Any], aske
     where = f"stages.{name}"
     if target is None:
         trained = [n for n, s in stages.items() if s.get("kind", "train") == "train"]
-        if law.get("file") is None:
+        target = trained[0] if len(trained) == 1 else None  # as when a person has given the mixture by hand instead
+        if target is None and law.get("file") is None:
             hint = f"`{where}.for={trained[-1] if trained else 'domain'}`"
             raise UsageError(f"`{where}.for` is missing: no stage takes a value of the law", hint)
     elif target not in stages:

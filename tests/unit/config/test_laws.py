@@ -406,6 +406,16 @@ def test_options_survive_the_plan_file(project: Path) -> None:
     assert dataclasses.replace(options, tolerance=None).eps_g is None
 
 
+def test_a_law_goes_on_when_its_mixture_is_given_by_hand(project: Path) -> None:
+    by_hand = ["~stages.anneal", "stages.domain.mixture={law: 0.7, news: 0.3}"]
+    found = plan(project, *by_hand)
+    assert found.stages["mix"].fingerprint == plan(project).stages["mix"].fingerprint
+    assert train(found, "domain").mixture == {"law": 0.7, "news": 0.3}
+    error = refused(project, "stages.domain.mixture={law: 1}", "stages.anneal.replay.share=10%")
+    assert "`stages.mix.for` is missing: no stage takes a value of the law" in error.message
+    assert "stages.mix.for=" in error.hints[0]
+
+
 def test_both_limits_are_one_too_many(project: Path) -> None:
     with pytest.raises(UsageError, match="both `tolerance` and `eps_g`"):
         plan(project, "stages.mix.tolerance=3%", "stages.mix.eps_g=0.1")
