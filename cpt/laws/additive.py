@@ -12,6 +12,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from scipy.optimize import nnls
 
 from cpt.base.errors import UsageError
 from cpt.laws.law import LAWS, Law, Parameter
+from cpt.laws.options import yes_or_no
 from cpt.laws.rows import Floats, Rows
 
 FLOOR = 1e-4  # a share of 0 is read as this
@@ -45,6 +47,7 @@ class Additive(Law):
 
     name: ClassVar[str] = "additive"
     equation: ClassVar[str] = "L(N, D, h) = E + 1 / sum_i C_i·h_i^gamma_i + A/N^alpha + B/D^beta"
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {"joint": yes_or_no}
     needs: ClassVar[tuple[str, ...]] = ("shares",)
 
     @property

@@ -8,6 +8,7 @@ Deterministic: the same rows in any order, settings and seed give the same resul
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from cpt.base.errors import UsageError
 from cpt.laws import bootstrap, cautions, compare, heldout, identify, outliers, question, shape
 from cpt.laws.fit import Fit, fit
 from cpt.laws.law import LAWS
+from cpt.laws.options import read_options
 from cpt.laws.result import Analysis, Bootstrap, Comparison, Estimate, HeldOut, TargetFit, Warn
 from cpt.laws.rows import Floats
 from cpt.laws.settings import Settings
@@ -34,7 +36,9 @@ def analyse(table: Table, law_name: str, settings: Settings | None = None) -> An
     """
     settings = settings or Settings()
     if law_name != AUTO:
-        LAWS.get(law_name)
+        settings = replace(settings, options=read_options(LAWS.get(law_name), settings.options))
+    elif settings.options:
+        raise UsageError("`options.` are those of one law, and `law=auto` chooses among several")
     table = table.with_base(settings.base_losses)
     size = question.asked_size(table, settings)
     work = _Work(table, settings, None if law_name == AUTO else law_name)

@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar
@@ -24,6 +25,7 @@ import numpy as np
 from cpt.base.errors import UsageError
 from cpt.laws.fit import DELTA, descend
 from cpt.laws.law import LAWS, Law, Parameter
+from cpt.laws.options import one_of
 from cpt.laws.power import box_cox, fit_power
 from cpt.laws.rows import Floats, Rows
 
@@ -76,6 +78,7 @@ class Cmr(Law):
     equation: ClassVar[str] = (
         "dL_d(T) = a1·T^s1 + b1, dL_g(T) = a2·T^s2 + a3·T^s3 + b2 (T in 0.2e9 tokens), L(R) = alpha·R^s + beta"
     )
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {"side": one_of(*SIDES)}
     needs: ClassVar[tuple[str, ...]] = ("tokens", "share", "base")
 
     @property

@@ -13,14 +13,17 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.base.units import parse_amount
 from cpt.laws.dcpt import DCPT
 from cpt.laws.law import LAWS, Parameter
+from cpt.laws.options import one_of
 from cpt.laws.rows import Floats, Rows
 
 FEWEST, FEW = 3, 5  # domains: below the first refused, below the second told
@@ -43,6 +46,10 @@ class CrossDCPT(DCPT):
     equation = (
         "L(N, D, r, K) = E + A / N^alpha + B * r^eta / D^beta + C / (r + eps)^gamma + F / K^mu, K = w1 / k1 + w2 * k2"
     )
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {
+        "normalise": one_of(*NORMALISE),
+        "probe_tokens": parse_amount,
+    }
     needs = ("n_params", "tokens", "share", "k1", "k2")
 
     normalise: str = "mean"

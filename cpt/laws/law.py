@@ -9,7 +9,7 @@ Array suffixes: B several parameter vectors at once (starts, resamples), P param
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +40,7 @@ class Law(ABC):
 
     name: ClassVar[str]
     equation: ClassVar[str]  # in plain text
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {}  # options that a person may set, how to read them
     needs: ClassVar[tuple[str, ...]] = ()  # columns: n_params, tokens, share, shares, unique_tokens, base, k1, k2
 
     @property

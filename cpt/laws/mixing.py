@@ -13,13 +13,16 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.base.units import parse_amount
 from cpt.laws.law import LAWS, Law, Parameter
+from cpt.laws.options import yes_or_no
 from cpt.laws.rows import Floats, Rows
 
 STEEP = 1000.0  # bound on t: a corpus that only its own text teaches falls within a share of 0.3 % (t = -330 seen)
@@ -44,6 +47,7 @@ class Mixing(Law):
 
     name: ClassVar[str] = "mixing"
     equation: ClassVar[str] = "L(r) = c + exp(t·r + b), for k corpora L(h) = c + exp(sum_j t_j·h_j)"
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {"two_stage": yes_or_no, "c": parse_amount}
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -103,6 +107,10 @@ class Mixing(Law):
                 )
         several = rows.shares_RK is not None and (rows.share_R is None or rows.shares_RK.shape[1] > 2)
         law = cls(**{"corpora": rows.corpora if several else (), **options})  # type: ignore[arg-type]
+        if law.c is not None and not 0 <= law.c < rows.loss_R.min():
+            raise UsageError(
+                f"`c` of law `mixing` is {law.c:g}, wanted 0 to below the least loss {rows.loss_R.min():.4g}"
+            )
         mixtures = len(np.unique(law._design(rows), axis=0))
         needed = len(law.parameters) if several else 3
         if mixtures < needed:

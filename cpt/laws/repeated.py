@@ -14,6 +14,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from cpt.base.errors import UsageError
 from cpt.laws.law import LAWS, Law, Parameter
+from cpt.laws.options import yes_or_no
 from cpt.laws.rows import Floats, Rows
 
 R_DATA, R_PARAMS = 15.387756, 5.309743  # published, C4
@@ -80,6 +82,7 @@ class Repeated(Law):
 
     name: ClassVar[str] = "repeated"
     equation: ClassVar[str] = "L = E + A/N_eff^alpha + B/D_eff^beta, D_eff = U + U·R_D*·(1 - exp(-R_D/R_D*))"
+    settable: ClassVar[Mapping[str, Callable[[object], object]]] = {"tied": yes_or_no, "excess": yes_or_no}
     needs: ClassVar[tuple[str, ...]] = ("n_params", "tokens", "unique_tokens")
 
     @property

@@ -315,7 +315,7 @@ def _checked(sheet: Sheet, found: Meaning, used: list[int], problems: Problems, 
     shares = _shares(sheet, columns, used, problems, warnings)
     return Table(
         name=sheet.name,
-        run=run if run is not None else _runs(n_params, shares, len(used)),
+        run=run if run is not None else _runs(n_params, shares, words("domain"), len(used)),
         n_params=n_params,
         tokens=tokens,
         step=column("step", least=0, what="a step"),
@@ -401,12 +401,15 @@ def _base(sheet: Sheet, found: Meaning, used: list[int], problems: Problems, war
     return tuple(bases)
 
 
-def _runs(n_params: Floats | None, shares: Mapping[str, Floats], count: int) -> tuple[str, ...]:
-    """Labels where there are none: rows of one size and one mixture are a run."""
+def _runs(
+    n_params: Floats | None, shares: Mapping[str, Floats], domain: tuple[str, ...] | None, count: int
+) -> tuple[str, ...]:
+    """Labels where there are none: rows of one domain, one size and one mixture are a run."""
     if n_params is None and not shares:
         return tuple(f"row {i + 1}" for i in range(count))
     parts = ([] if n_params is None else [n_params]) + list(shares.values())
-    return tuple(" ".join(f"{values[i]:.6g}" for values in parts) for i in range(count))
+    heads = [""] * count if domain is None else [f"{name} " for name in domain]
+    return tuple(head + " ".join(f"{values[i]:.6g}" for values in parts) for i, head in enumerate(heads))
 
 
 def _without_doubles(table: Table, sheet: Sheet, used: list[int], notes: list[str]) -> Table:

@@ -396,3 +396,9 @@ def test_published_tables_are_read_without_help(name: str, rows: int, runs: int,
 
 def test_the_five_highest_losses_of_chinchilla_can_be_left_out() -> None:
     assert len(table.read(shared_data("laws", "chinchilla_245.csv"), where="top5_loss==0")) == 240
+
+
+def test_rows_of_two_domains_are_two_runs_where_none_are_named(tmp_path: Path) -> None:
+    head = "domain,n_params,tokens,r_domain,loss_domain"
+    found = table.read(write(tmp_path, "law,1e9,1e9,0.5,2.5", "code,1e9,1e9,0.5,1.5", "law,1e9,2e9,0.5,2.4", head=head))
+    assert found.num_runs == 2 and found.run[0] == found.run[2]
