@@ -5,12 +5,16 @@
 Each draw: 9 ratios x 3 sizes x 20 token counts of the D-CPT law of specs/mixture-laws.md section 9 (set M), every loss
 times exp(noise of 0.5 %). What a person would run is run: `analyse` with both losses, resamples by run, and usage 1
 with a tolerance of 3 % for 1.8B parameters and 10B tokens, where the true answer is a domain share of 0.726071.
+
+The goal of 90 intervals in 100 that hold the truth is judged as such from 100 draws on. Of fewer draws chance alone
+may take more than a tenth: as many may miss as a miss rate of 10 % gives in 19 of 20 cases (3 of 10).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -112,6 +116,17 @@ def one(draw: int, resamples: int) -> dict[str, Any]:
     }
 
 
+def allowed_misses(draws: int) -> int:
+    """How many intervals may miss the truth."""
+    if draws >= 100:
+        return draws // 10
+    total, misses = 0.0, -1
+    while total < 0.95:
+        misses += 1
+        total += math.comb(draws, misses) * 0.1**misses * 0.9 ** (draws - misses)
+    return misses
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.laws_recovery")
@@ -125,13 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stderr.isatty():
             sys.stderr.write(f"\rdraw {draw + 1} of {chosen.draws}")
     covered = sum(f["covers"] for f in found)
+    missed, allowed = chosen.draws - covered, allowed_misses(chosen.draws)
     apart = [abs(f["ratio"] - TRUTH) for f in found]
     figures = [
         ("mean error, median draw", statistics.median(f["mean_error"] for f in found), 0.001, "{:.3%}"),
         ("largest error, median draw", statistics.median(f["largest_error"] for f in found), 0.006, "{:.3%}"),
         ("largest error, any draw", max(f["largest_error"] for f in found), 0.01, "{:.3%}"),
         ("ratio off the truth, median draw", statistics.median(apart), 0.02, "{:.4f}"),
-        ("intervals that miss the truth", 1 - covered / chosen.draws, 0.1, "{:.1%}"),
+        ("intervals that miss the truth", missed, allowed, "{:.0f}"),
     ]
     met = all(value <= target for _, value, target, _ in figures)
     if chosen.json:
