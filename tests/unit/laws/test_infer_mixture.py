@@ -15,7 +15,6 @@ from cpt.base.errors import UsageError
 from cpt.data import merges
 from cpt.laws import infer_mixture
 from cpt.laws.pair_counts import PairCounts, count
-from tests.shared import shared_data
 from tests.unit.laws import planted
 
 MADE = {"a": (1, "abcdefghij"), "b": (2, "fghijklmno"), "c": (3, "pqrstuvwab")}
@@ -161,28 +160,3 @@ def test_sources_without_text_and_single_sources_are_refused(made: Path) -> None
     empty = infer_mixture.sample("none", [], read)
     with pytest.raises(UsageError, match="`none` has no text"):
         infer_mixture.infer(read, [*samples_of(made, read, "ab"), empty], 300)
-
-
-REAL = {
-    "most-german": ({"german": 0.6, "chinese": 0.15, "english": 0.25}, "byte"),
-    "most-english": ({"german": 0.1, "chinese": 0.2, "english": 0.7}, "byte"),
-    "most-chinese": ({"german": 0.2, "chinese": 0.5, "english": 0.3}, "letter"),
-}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_planted_shares_of_german_chinese_and_english_are_found_within_3_points(name: str, tmp_path: Path) -> None:
-    folder = shared_data("corpora")
-    shares, kind = REAL[name]
-    texts = {source: planted.halves(folder, corpus) for source, corpus in planted.LANGUAGES.items()}
-    seen = {source: half for source, (half, _) in texts.items()}
-    saw = planted.train(seen, shares, 4_000_000, 3200, tmp_path / "tokenizer.json", kind)
-    read = merges.read(tmp_path)
-    samples = [
-        infer_mixture.sample(source, planted.first_bytes(other, 1_500_000), read)
-        for source, (_, other) in texts.items()
-    ]
-    found = infer_mixture.infer(read, samples, 3000)
-    assert found.merges == 3000
-    off = {source: 100 * abs(found.shares[source] - share) for source, share in saw.items()}
-    assert max(off.values()) <= 3, off
