@@ -36,7 +36,7 @@ from cpt.laws.recommend.tradeoff import tradeoff
 from cpt.laws.result import Estimate, Recommendation, TargetFit
 from cpt.laws.rows import Floats, points
 from cpt.laws.settings import Settings
-from cpt.laws.table import DOMAIN, GENERAL, Table
+from cpt.laws.table import DOMAIN, GENERAL, SAME_SIZE, Table
 from cpt.laws.turning import turning
 
 Fits = Mapping[str, TargetFit]
@@ -52,7 +52,7 @@ def asked_size(table: Table, settings: Settings) -> float | None:
         return settings.n_params
     sizes = np.unique(table.n_params)
     size = float(sizes[-1]) if settings.n_params is None else settings.n_params
-    inside = sizes[0] * (1 - 1e-6) <= size <= sizes[-1] * (1 + 1e-6)
+    inside = sizes[0] * (1 - SAME_SIZE) <= size <= sizes[-1] * (1 + SAME_SIZE)
     if not inside and len(sizes) < 3 and not settings.force:
         there = " and ".join(show_count(n) for n in sizes)
         says = "one model size says" if len(sizes) == 1 else "two model sizes say"

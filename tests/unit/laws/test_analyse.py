@@ -135,6 +135,11 @@ def test_one_size_drops_its_term_says_so_and_refuses_other_sizes() -> None:
         quick(given, n_params=7e9)
 
 
+def test_a_size_as_people_write_it_is_the_one_of_the_table() -> None:
+    given = columns(noise=0.0, sizes=(1_803_456_000,))
+    assert quick(given, n_params=1.8e9).fits["domain"].params.keys() == quick(given).fits["domain"].params.keys()
+
+
 def test_two_sizes_are_fitted_with_a_warning_and_refuse_other_sizes_without_force() -> None:
     given = columns(noise=0.001, sizes=(5e8, 4e9))
     found = quick(given, bootstrap=12, n_params=2e9)
