@@ -164,7 +164,7 @@ def _finish(ended: Result, law: str, overrides: Sequence[str], json: bool) -> in
         return 0
     result(law_stage.text(analysis, files))
     if not analysis.unfit and (then := _then(ended.plan, law, home, overrides)):
-        result(f"then    `{then}`")
+        result(f"then     `{then}`")
     return 0
 
 

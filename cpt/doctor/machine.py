@@ -24,6 +24,8 @@ dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_s
 value = torch.tensor([rank + 1.0])
 dist.all_reduce(value)
 assert value.item() == 3.0
+dist.barrier()
+dist.destroy_process_group()  # a thread of gloo that outlives its group ends the process with an abort
 """
 
 
