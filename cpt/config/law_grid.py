@@ -146,11 +146,16 @@ def _groups(
         elif general and len(general) == len(sources) - 1:
             domain = {s: 1.0 for s in sources if s not in general}
     if not domain and law.get("file") is None:
-        hint = f"`{where}.domain=[{sources[0] if sources else 'medical'}]`"
-        raise UsageError(f"`{where}.domain` is missing: which sources the ratio is the share of is not known", hint)
+        parent = {**target, "replay": {"from": "parent"}}  # what was trained on before is hardly the domain
+        known = {*general, *(replayed(target, stages) or replayed(parent, stages) or ())}
+        new = [s for s in sources if s not in known] if known else []
+        raise UsageError(
+            f"`{where}.domain` is missing: which sources the ratio is the share of is not known",
+            f"`{where}.domain=[{new[0] if len(new) == 1 else '...'}]` names them",
+        )
     if not general:
-        replayed = _replayed(target, stages)
-        general = {s: w for s, w in (replayed or dict.fromkeys(sources, 1.0)).items() if s not in domain}
+        old = replayed(target, stages)
+        general = {s: w for s, w in (old or dict.fromkeys(sources, 1.0)).items() if s not in domain}
     if both := [s for s in domain if s in general]:
         raise UsageError(f"`{where}`: `{both[0]}` is both in `domain` and in `general`")
     if not general and law.get("file") is None:
@@ -158,7 +163,7 @@ def _groups(
     return _normalised(domain), _normalised(general)
 
 
-def _replayed(target: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float] | None:
+def replayed(target: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float] | None:
     """What a stage replays, as far as the recipe says it in so many words."""
     replay = target.get("replay") or {}
     if replay.get("sources"):

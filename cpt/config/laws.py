@@ -17,7 +17,7 @@ from typing import Any
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.base.registry import unknown
 from cpt.config.kinds import LawValue
-from cpt.config.law_grid import Grid, Size, law_name, make_grid, proxies, proxy_tokens, seed_of
+from cpt.config.law_grid import Grid, Size, law_name, make_grid, proxies, proxy_tokens, replayed, seed_of
 from cpt.config.suggest import dotted
 from cpt.plan.budget import training_flops
 from cpt.plan.check import decays
@@ -84,6 +84,12 @@ def expand(
             errors.append(error)
     if errors:
         return found
+    for stage in dict.fromkeys(s for s, path, _ in asked if path[0] == "mixture"):
+        try:
+            value = next(v for s, path, v in asked if s == stage and path[0] == "mixture")
+            _refuse_replay(stage, stages, value.stage, found.grids[value.stage])
+        except CptError as error:
+            errors.append(error)
     for stage, path, value in asked:
         try:
             _fill(stages[stage], path, value, found.grids[value.stage], known.get(value.stage))
@@ -134,6 +140,37 @@ def _asked(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, tuple
         share = (stage.get("replay") or {}).get("share") if isinstance(stage.get("replay"), Mapping) else None
         if isinstance(share, LawValue):
             yield name, ("replay", "share"), share
+
+
+def _refuse_replay(name: str, stages: Mapping[str, Mapping[str, Any]], law: str, grid: Grid) -> None:
+    """A law's shares are of all that its runs read, a stage's mixture of what is not replay: the two are not the same
+    where the stage replays sources of the law besides.
+
+    Raises:
+        PlanError: it does.
+    """
+    stage = stages[name]
+    replay = stage.get("replay") or {}
+    share = replay.get("share")
+    if not replay or share is None or (not isinstance(share, LawValue) and share <= 0):
+        return
+    read = replayed(stage, stages)
+    twice = [s for s in grid.sources if read is None or s in read]
+    if not twice:
+        return
+    shown = share.text if isinstance(share, LawValue) else f"{100 * share:g} %"
+    hints = [f"`stages.{name}.replay=null` trains on the law's mixture"]
+    if not grid.several and grid.domain:
+        shares = ", ".join(f"{source}: {share:.4g}" for source, share in grid.domain.items())
+        hints.append(
+            f"`stages.{name}.mixture={{{shares}}}` with `stages.{name}.replay.share='${{law:{law}.replay}}'` replays "
+            "as much as the law says"
+        )
+    raise PlanError(
+        f"`stages.{name}` takes its mixture from the law `{law}`, which has `{twice[0]}` in it, and replays {shown} "
+        "besides: that is another mixture than the law's",
+        *hints,
+    )
 
 
 def _fill(

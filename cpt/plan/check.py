@@ -387,7 +387,7 @@ def _law(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     if decays(target.train):
         yield (
             f"the lr of `{target.name}` decays, and the proxies of `{stage.name}` hold theirs: "
-            f"the law is for a constant lr, so losses of `{target.name}` will lie lower than it says"
+            f"the law is for a constant lr, so losses of `{target.name}` may differ from what it says"
         )
     tokens = target.train.tokens / max(train.tokens for _, train in proxies)
     if tokens > FAR_TOKENS:

@@ -132,8 +132,9 @@ def _source_rows(plan: RunPlan) -> list[list[str]]:
         if stage.train is None or stage.group is not None:
             continue
         count = passes(plan, stage)
-        about = ABOUT if stage.assumed else ""
         for i, ((name, role), tokens) in enumerate(tokens_by_source(stage.train).items()):
+            law = _law(stage, name, role)
+            about = ABOUT if law and stage.assumed else ""
             facts = plan.sources[name].facts
             mark = ABOUT if facts is None or facts.estimated else ""
             rows.append(
@@ -144,15 +145,16 @@ def _source_rows(plan: RunPlan) -> list[list[str]]:
                     f"{about}{show.share(tokens / stage.train.tokens)}",
                     f"{mark}{show.show_count(facts.tokens)}" if facts else "?",
                     f"{mark or about}{_passes(count.get(name, 0.0))}",
-                    ", ".join(filter(None, [_role(plan, stage.train) if role == "replay" else "", _law(stage)])),
+                    ", ".join(filter(None, [_role(plan, stage.train) if role == "replay" else "", law])),
                 ]
             )
     return rows
 
 
-def _law(stage: StagePlan) -> str:
-    """That a law gives the shares of a stage; `≈` until it does."""
-    laws = dict.fromkeys(value.partition(".")[0] for value in stage.law.values())
+def _law(stage: StagePlan, source: str, role: str) -> str:
+    """That a law gives the share of a source of a stage; `≈` until it does."""
+    keys = ["replay.share"] if role == "replay" else ["replay.share", "mixture", f"mixture.{source}"]
+    laws = dict.fromkeys(stage.law[key].partition(".")[0] for key in keys if key in stage.law)
     return f"{ABOUT + ' ' if stage.assumed else ''}from law `{'`, `'.join(laws)}`" if laws else ""
 
 

@@ -163,7 +163,7 @@ def summary(saved: SavedLaw) -> dict[str, object]:
 def _decays(options: LawStage) -> str:
     return (
         f"the lr of `{options.target}` decays and that of the proxies does not: the law is for a constant lr, so "
-        f"losses of `{options.target}` will lie below what it predicts"
+        f"losses of `{options.target}` may differ from what it predicts"
     )
 
 

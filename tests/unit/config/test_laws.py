@@ -17,6 +17,7 @@ from cpt.config import build
 from cpt.config.law_grid import spread
 from cpt.plan.budget import proxy_cost
 from cpt.plan.types import RunPlan, StagePlan, Train
+from cpt.report.plan_text import plan_text
 from cpt.stages import law_values
 from tests.command import write_base, write_corpus, write_project
 
@@ -233,6 +234,41 @@ def test_what_cannot_be_is_refused_with_what_is_meant(project: Path, override: s
     assert message in error.message
     assert hint in " ".join(error.hints)
     assert not error.message.endswith(".")
+
+
+REPLAYING = "stages.domain.replay={from: base, share: 30%, sources: [news]}"
+
+
+def test_the_mixture_of_a_law_and_replay_of_its_sources_besides_are_refused_with_two_ways_out(project: Path) -> None:
+    error = refused(project, REPLAYING)
+    assert isinstance(error, PlanError)
+    assert "takes its mixture from the law `mix`, which has `news` in it, and replays 30 % besides" in error.message
+    hints = " ".join(error.hints)
+    assert "`stages.domain.replay=null`" in hints
+    plan(project, REPLAYING, "stages.domain.replay=null")
+    ways = ["stages.domain.mixture={law: 1}", "stages.domain.replay.share='${law:mix.replay}'"]
+    assert all(f"`{way}`" in hints for way in ways)
+    found = plan(project, REPLAYING, *ways)
+    assert found.stages["domain"].law == {"replay.share": "mix.replay"}
+    for share in ("mixture={law: '${law:mix.ratio}', news: '${law:mix.replay}'}", "replay.share='${law:mix.replay}'"):
+        assert "takes its mixture from the law `mix`" in refused(project, REPLAYING, f"stages.domain.{share}").message
+
+
+def test_replay_of_a_source_that_the_law_does_not_weigh_is_left_alone(project: Path) -> None:
+    write_corpus(project / "data" / "books.jsonl", word="BOOKS")
+    books = ["+sources.books={paths: data/books.jsonl, valid: 10%}", "stages.mix.general=[news]"]
+    found = plan(project, *books, "stages.domain.replay={from: base, share: 30%, sources: [books]}")
+    assert found.stages["domain"].law == {"mixture": "mix.mixture"}
+    text = plan_text(found, None, [])
+    tagged = [line for line in text.splitlines() if "from law `mix`" in line]
+    assert tagged and not any(" books " in line for line in tagged)
+    assert any(" books " in line and "30.0 %" in line for line in text.splitlines())
+
+
+def test_the_hint_for_a_missing_domain_does_not_name_the_other_side(project: Path) -> None:
+    missing = refused(project, "~stages.mix.domain", REPLAYING)
+    assert "`stages.mix.domain=[law]`" in missing.hints[0]
+    assert "`stages.mix.domain=[...]`" in refused(project, "~stages.mix.domain").hints[0]
 
 
 def test_proxies_that_cost_too_much_are_refused_with_how_to_get_under(project: Path) -> None:
