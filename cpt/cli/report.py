@@ -17,7 +17,8 @@ Out = Annotated[
 
 def command(run: Run, out: Out = None, json: Json = False) -> None:
     """Write one self-contained HTML page about a run, finished or not, from its plan and events."""
-    from cpt.report import law_stage
+    from cpt.report import law_outcome, law_stage
+    from cpt.report.history import read_run
     from cpt.report.page import write_page
     from cpt.report.runs import find_run
     from cpt.report.table import final_table
@@ -31,6 +32,9 @@ def command(run: Run, out: Out = None, json: Json = False) -> None:
         result_json({"page": str(path), "laws": [str(page) for page in laws], **report_json(folder)})
         return
     result(final_table(folder))
+    for one in law_outcome.outcomes(read_run(folder)):
+        if line := law_outcome.line(one):
+            result(f"law {line}")
     note(f"the page is `{path}`")
     for page in laws:
         note(f"the page of a law is `{page}`")

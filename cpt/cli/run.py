@@ -216,6 +216,8 @@ def _finish(result: Result, screen: Screen, json: bool) -> int:
             say(f"report  {page}")
         for law in laws:
             say(f"law     {law}")
+        for line in _law_lines(result.run_dir):
+            say(f"law     {line}")
     if result.error is not None:
         raise result.error
     if not json:
@@ -263,6 +265,17 @@ def _law_pages(run_dir: Path) -> list[Path]:
         return law_stage.write_pages(run_dir)
     except Exception as error:
         warning(f"the page of a law could not be written: {type(error).__name__}: {error}")
+        return []
+
+
+def _law_lines(run_dir: Path) -> list[str]:
+    """Predicted against measured losses of each law whose target stage has ended."""
+    try:
+        from cpt.report import law_outcome
+        from cpt.report.history import read_run
+
+        return [line for one in law_outcome.outcomes(read_run(run_dir)) if (line := law_outcome.line(one))]
+    except Exception:  # the report has told what is wrong
         return []
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cpt.report import law_outcome
 from cpt.report.history import read_run
 
 
@@ -54,5 +55,6 @@ def report_json(run_dir: Path) -> dict[str, Any]:
         ],
         "measures": measures,
         "problem": account.problem,
+        "law_stages": [outcome.to_json() for outcome in law_outcome.outcomes(run)],
         "gaps": {stage: {d: asdict(gap) for d, gap in gaps.items()} for stage, gaps in account.gaps.items()},
     }

@@ -13,7 +13,7 @@ from typing import Any
 from cpt.base.errors import UsageError
 from cpt.base.files import read_json, write_atomic
 from cpt.plan.types import StagePlan
-from cpt.report import show
+from cpt.report import law_outcome, show
 from cpt.report.charts import Chart, Series, chart
 from cpt.report.history import RunHistory, read_run
 from cpt.report.sections import REPLAY, Colours, loss_rows, matters, mixture_rows, stage_rows, time_rows
@@ -31,15 +31,19 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
     """
     path = out or run_dir / NAME
     try:
-        write_atomic(path, render(read_run(run_dir)))
+        write_atomic(path, render(read_run(run_dir), path.parent))
     except (NotADirectoryError, IsADirectoryError):
         raise UsageError(f"`{path}` cannot be written: it is a folder, or lies in a file") from None
     return path
 
 
-def render(run: RunHistory) -> str:
-    """The page as HTML."""
-    return fill("report.html", content(run))
+def render(run: RunHistory, at: Path | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        at: the folder it will lie in; None = that of the run.
+    """
+    return fill("report.html", content(run) | {"laws": law_outcome.rows(run, at or run.folder)})
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:

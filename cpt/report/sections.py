@@ -8,7 +8,7 @@ from typing import Any
 from cpt.base.events import Event
 from cpt.evaluate import Account
 from cpt.plan.types import StagePlan, Train
-from cpt.report import show
+from cpt.report import law_outcome, show
 from cpt.report.history import RunHistory
 from cpt.stages.guard import guard_text
 
@@ -196,6 +196,8 @@ def matters(run: RunHistory) -> list[dict[str, str]]:
     for stage, state in run.states.items():
         if state.status == "failed":
             found.append((state.updated, {"stage": stage, "what": "failed", "text": state.reason, "step": ""}))
+    said = {(row["stage"], row["text"]) for _, row in found}  # a law's stage has logged its strong warnings itself
+    found += [one for one in law_outcome.warnings(run) if (one[1]["stage"], one[1]["text"]) not in said]
     found.sort(key=lambda pair: pair[0])
     return [{**row, "t": show.moment(t) if t else ""} for t, row in found[-MOST_MATTERS:]]
 
