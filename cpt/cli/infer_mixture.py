@@ -74,7 +74,9 @@ def to_json(found: Inferred) -> dict[str, Any]:
         "slack": found.slack,
         "places": found.places,
         "settled": found.settled,
-        "replay_sources": replay_sources(found),
+        "alike": [list(group) for group in found.alike],
+        "no_interval": found.no_interval or None,
+        "replay_sources": None if found.alike else replay_sources(found),
     }
 
 
@@ -93,18 +95,32 @@ def table(found: Inferred) -> str:
         low, high = found.intervals.get(name, (None, None))
         between = f"{show.share(low)} to {show.share(high)}" if low is not None else show.NOTHING
         rows.append([show.plain(name, 60), show.share(share), between, show.share(found.token_shares[name])])
-    sources = ", ".join(f"{name}: {share:g}" for name, share in replay_sources(found).items())
+    why = ["", f"no interval: {found.no_interval}"] if found.no_interval else []
     return "\n".join(
         [
             *aligned(rows, right=(1, 2, 3)),
+            *why,
             "",
             f"merges  the first {found.merges:,}; {show.share(found.unseen)} of them occur in none of the sources",
             f"slack   {show.share(found.slack)} of the merged pairs' rates; 0 % = their order fits exactly",
             "",
-            "next    in a stage that continues from this base model (shares of tokens):",
-            f"        replay: {{from: base, share: 5%, sources: {{{sources}}}}}",
+            *_next(found),
         ]
     )
+
+
+def _next(found: Inferred) -> list[str]:
+    """A line to paste into a recipe, unless the shares mean nothing one by one."""
+    if found.alike:
+        names = " and ".join(f"`{name}`" for name in found.alike[0])
+        return [f"next    give {names} as one source: their shares cannot be told apart, only their sum"]
+    rough = found.unseen > UNSEEN or found.slack > SLACK or not found.settled
+    sources = ", ".join(f"{name}: {share:g}" for name, share in replay_sources(found).items())
+    return [
+        *(["rough   the sources do not explain this tokenizer: take the shares below as a guess"] if rough else []),
+        "next    in a stage that continues from this base model (shares of tokens):",
+        f"        replay: {{from: base, share: 5%, sources: {{{sources}}}}}",
+    ]
 
 
 def _warnings(found: Inferred, asked: int) -> list[str]:
@@ -120,6 +136,12 @@ def _warnings(found: Inferred, asked: int) -> list[str]:
         said.append(
             f"the order of the merges fits badly (slack {100 * found.slack:.0f} %): the sources are not like the text "
             "that the tokenizer was trained on"
+        )
+    for group in found.alike:
+        share = sum(found.shares[name] for name in group)
+        said.append(
+            f"{' and '.join(f'`{name}`' for name in group)} cannot be told apart by their texts: together they have "
+            f"{100 * share:.1f} % of the bytes, and how it is split among them means nothing"
         )
     if not found.settled:
         said.append("the shares still moved in the last round")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cpt.base.errors import UsageError
 from cpt.data.merges import Merges
-from cpt.laws.pair_counts import Ints, count
+from cpt.laws.pair_counts import Ints, PairCounts, count
 from cpt.laws.pair_replay import Replay
 from cpt.laws.rows import Floats
 
@@ -38,6 +38,9 @@ SETTLED = 5e-4  # change of every share between rounds [fraction]
 STRIDES = 8, 1  # of the steps in the first programmes and in the last ones
 INTERVAL_STRIDE = 4  # of the steps whose places the interval uses
 ENCODED = 1 << 18  # bytes of a source that are encoded
+ALIKE = 0.01  # sources whose rates differ by less are one, however much text there is [fraction]
+MOST_NOISE = 0.3  # halves of few documents may differ by more, which says nothing [fraction]
+PART_OF = 0.05  # sources with a smaller part in an imitation are not named [fraction]
 T_QUANTILE = 2.262  # 97.5 % of Student's t with PARTS - 1 degrees of freedom
 
 
@@ -72,6 +75,9 @@ class Inferred:
         slack: sum of all slacks against the sum of the merged pairs' rates [fraction]; 0 = the order fits exactly.
         places: constraints that were needed.
         settled: whether the last round still changed a share by less than `SETTLED`.
+        alike: groups of sources whose texts differ no more than documents of one source do, so that only the sum of
+            their shares means anything.
+        no_interval: why `intervals` is empty; empty when it is not.
     """
 
     shares: dict[str, float]
@@ -82,6 +88,8 @@ class Inferred:
     slack: float
     places: int
     settled: bool
+    alike: tuple[tuple[str, ...], ...] = ()
+    no_interval: str = ""
 
 
 def sample(name: str, documents: Sequence[str], merges: Merges) -> Sample:
@@ -137,7 +145,39 @@ def infer(merges: Merges, samples: Sequence[Sample], steps: int) -> Inferred:
         slack=found.slack / merged,
         places=len(found.step_R),
         settled=found.settled,
+        alike=_alike(samples, counts, used_S),
+        no_interval=_no_interval(samples),
     )
+
+
+def _alike(samples: Sequence[Sample], counts: PairCounts, used_S: NDArray[np.bool_]) -> tuple[tuple[str, ...], ...]:
+    """Sources that a mixture of the others imitates as well as one half of their documents does the other half.
+
+    Differences of rates are weighed as those of counts, by the square root of the mean rate.
+    """
+    from scipy.optimize import nnls
+
+    merged_SK = counts.merged_SK[used_S]
+    left_out = (), tuple(range(0, PARTS, 2)), tuple(range(1, PARTS, 2))
+    rates_SJ, one_SJ, other_SJ = (merged_SK @ _weights(samples, parts) for parts in left_out)
+    scale_S1 = 1 / np.sqrt(np.maximum(rates_SJ.mean(axis=1, keepdims=True), 1e-300))
+    rates_SJ, one_SJ, other_SJ = rates_SJ * scale_S1, one_SJ * scale_S1, other_SJ * scale_S1
+    size_J = np.maximum(np.linalg.norm(rates_SJ, axis=0), 1e-300)
+    both_J = (one_SJ.sum(axis=0) > 0) & (other_SJ.sum(axis=0) > 0)  # a single document has no halves
+    noise_J = np.where(both_J, np.linalg.norm(one_SJ - other_SJ, axis=0) / size_J, 0.0).clip(max=MOST_NOISE)
+    groups: list[set[int]] = []
+    for j in range(len(samples)):
+        rest = [i for i in range(len(samples)) if i != j]
+        part, miss = nnls(rates_SJ[:, rest], rates_SJ[:, j])
+        named = {i for i, x in zip(rest, part, strict=True) if x > PART_OF}
+        if not named or miss / size_J[j] > max(ALIKE, noise_J[j], *noise_J[list(named)]):
+            continue
+        group = named | {j}
+        for older in [g for g in groups if g & group]:
+            groups.remove(older)
+            group |= older
+        groups.append(group)
+    return tuple(tuple(samples[j].name for j in sorted(group)) for group in sorted(groups, key=min))
 
 
 def _check(samples: Sequence[Sample]) -> None:
@@ -148,12 +188,12 @@ def _check(samples: Sequence[Sample]) -> None:
             raise UsageError(f"source `{s.name}` has no text")
 
 
-def _weights(samples: Sequence[Sample], without: int | None = None) -> Floats:
-    """Rates per million bytes: weight_KJ, with the documents of one part left out."""
+def _weights(samples: Sequence[Sample], without: tuple[int, ...] = ()) -> Floats:
+    """Rates per million bytes: weight_KJ, with the documents of some parts left out."""
     weight_KJ = np.zeros((sum(len(s.words) for s in samples), len(samples)))
     k = 0
     for j, s in enumerate(samples):
-        keep = np.array([part != without for part in range(len(s.words))])
+        keep = np.array([part not in without for part in range(len(s.words))])
         weight_KJ[k : k + len(keep), j] = keep * 1e6 / max(1, np.asarray(s.num_bytes)[keep].sum())
         k += len(keep)
     return weight_KJ
@@ -234,9 +274,20 @@ def _programme(place_R: Ints, excess_RJ: Floats, num_steps: int, num_pairs: int)
     return share_J / share_J.sum(), slack_S, slack_P
 
 
+def _no_interval(samples: Sequence[Sample]) -> str:
+    """Why there can be no interval; empty when there can."""
+    for s in samples:
+        if s.documents < PARTS:
+            many = "1 document" if s.documents == 1 else f"{s.documents} documents"
+            return f"`{s.name}` has {many}, and an interval by documents needs {PARTS} of each source"
+        if not all(s.num_bytes):
+            return f"too many documents of `{s.name}` are empty"
+    return ""
+
+
 def _intervals(samples: Sequence[Sample], whole: Replay, found: _Solution) -> dict[str, tuple[float, float]]:
     """95 % intervals: a jackknife that leaves out one part of the documents of all sources at a time."""
-    if min(s.documents for s in samples) < PARTS or not all(all(s.num_bytes) for s in samples):
+    if _no_interval(samples):
         return {}
     some = found.step_R % INTERVAL_STRIDE == 0
     step_R, pair_R = found.step_R[some], found.pair_R[some]
@@ -246,7 +297,7 @@ def _intervals(samples: Sequence[Sample], whole: Replay, found: _Solution) -> di
         return {}
     share_GJ = np.array(
         [
-            _programme(place_R, Replay(whole.counts, _weights(samples, part)).excess(step_R, pair_R), *size)[0]
+            _programme(place_R, Replay(whole.counts, _weights(samples, (part,))).excess(step_R, pair_R), *size)[0]
             for part in range(PARTS)
         ]
     )

@@ -86,9 +86,18 @@ def test_one_source_and_other_tokenizers_are_refused(folder: Path, tmp_path: Pat
     assert ended.code == 2 and "no tokenizer at" in ended.err
 
 
+def test_candidates_that_cannot_be_told_apart_are_named_and_give_no_line_to_paste(folder: Path) -> None:
+    twice = [f"sources.again={folder}/news-*.jsonl", "sources.again.text=body"]
+    ended = cpt("infer-mixture", *keys(folder), *twice)
+    assert ended.code == 0 and "`news` and `again` cannot be told apart" in ended.err
+    assert "replay:" not in ended.out and "give `news` and `again` as one source" in ended.out
+    assert json.loads(cpt("infer-mixture", *keys(folder), *twice, "--json").out)["replay_sources"] is None
+
+
 def test_text_of_another_kind_in_the_tokenizer_is_warned_of(folder: Path, tmp_path: Path) -> None:
     other = [json.dumps({"text": t}) + "\n" for t in planted.made_language(3, "pqrstuvwxyz", 300)]
     (tmp_path / "x.jsonl").write_text("".join(other))
     files = [f"sources.x={tmp_path}/x.jsonl", f"sources.law={folder}/law-1.jsonl", "sources.law.text=body"]
     ended = cpt("infer-mixture", str(folder), *files, "merges=400")
     assert ended.code == 0 and "of the merges occur in none of the sources" in ended.err
+    assert "take the shares below as a guess" in ended.out

@@ -54,6 +54,24 @@ def test_three_made_languages_come_out_as_planted(made: Path) -> None:
     assert sum(found.shares.values()) == pytest.approx(1) and sum(found.token_shares.values()) == pytest.approx(1)
 
 
+def test_samples_of_one_text_are_told_as_alike_and_different_texts_are_not(made: Path) -> None:
+    read = merges.read(made)
+    a, b, c = samples_of(made, read)
+    texts = [json.loads(line)["text"] for line in (made / "a.jsonl").read_text().splitlines()]
+    same = infer_mixture.sample("same", texts, read)
+    halves = [infer_mixture.sample(f"half {i}", texts[i::2], read) for i in (0, 1)]
+    single = [infer_mixture.sample(name, ["\n".join(texts)], read) for name in ("one", "other")]
+    mixed = [json.loads(line)["text"] for n in "ab" for line in (made / f"{n}.jsonl").read_text().splitlines()]
+    both = infer_mixture.sample("both", mixed, read)
+    assert infer_mixture.infer(read, [a, b, c], 400).alike == ()
+    assert infer_mixture.infer(read, [a, b, same], 400).alike == (("a", "same"),)
+    assert infer_mixture.infer(read, [*halves, b], 400).alike == (("half 0", "half 1"),)
+    assert infer_mixture.infer(read, [a, b, both], 400).alike == (("a", "b", "both"),)
+    found = infer_mixture.infer(read, [*single, b], 400)
+    assert found.alike == (("one", "other"),)
+    assert found.intervals == {} and "`one` has 1 document" in found.no_interval
+
+
 def test_text_that_no_source_is_like_is_told(made: Path) -> None:
     read = merges.read(made)
     whole = infer_mixture.infer(read, samples_of(made, read), 400)
