@@ -6,6 +6,7 @@ from cpt.base.files import read_json
 from cpt.evaluate import account, measurements
 from cpt.evaluate.collect import chain_of
 from cpt.plan.types import RunPlan, from_json
+from cpt.report.table import table
 from tests import made_run
 from tests.made_run import loss_of
 
@@ -53,6 +54,15 @@ def test_a_run_that_never_measured_says_so(tmp_path):
     plan, homes = read(made_run.make(tmp_path))
     result = account(plan, {name: tmp_path / "nowhere" for name in homes})
     assert result.problem == "nothing has been measured yet" and not result.rows
+
+
+def test_one_stage_from_scratch_has_forgotten_nothing_and_has_no_measures_of_it(tmp_path):
+    folder = made_run.make(tmp_path, until=("domain", 0))
+    plan = from_json(RunPlan, read_json(folder / "plan.json"))
+    found = account(plan, {"base": folder / "stages" / "base"})
+    assert found.changes and found.matrix is None
+    assert "nothing yet that could be forgotten" in found.problem
+    assert "forgetting" not in table(found) and "FUAR" not in table(found)
 
 
 def test_a_start_that_was_not_measured_leaves_no_matrix(tmp_path):
