@@ -101,27 +101,48 @@ def parse(
         command: for hints, `cpt fit-law`.
 
     Raises:
-        UsageError: no such key, one twice, or a value of another kind.
+        UsageError: no such key, one twice, or a value of another kind; all that is wrong at once.
     """
     found: dict[str, Any] = {}
+    seen: set[str] = set()
+    errors: list[UsageError] = []
     for one in texts:
-        if any("\ud800" <= c <= "\udfff" for c in one):
-            raise UsageError(f"`{one}` is not UTF-8 text")
-        key, equals, value = one.partition("=")
-        key, value = key.strip().lstrip("+"), value.strip()
-        if not equals:
-            raise UsageError(f"`{one}` is not `key=value`", *_no_equals(one, kinds))
-        begin = next((b for b in families if key.startswith(b) and len(key) > len(b)), None)
-        kind = kinds.get(key) or (families[begin] if begin else None)
-        if kind is None:
-            error = unknown("key", key, [*kinds, *(f"{b}NAME" for b in families)])
-            raise UsageError(error.message, *error.hints, f"`{command} --help` lists the keys")
-        if key in found:
-            raise UsageError(f"`{key}` is given twice")
-        if not value or "\x00" in value:
-            raise UsageError(f"`{key}` has no value" if not value else f"`{key}` has a value with a null byte")
-        found[key] = kind(key, value)
+        try:
+            _take(one, kinds, families, command, found, seen)
+        except UsageError as error:
+            errors.append(error)
+    if errors:
+        first, *others = errors
+        raise UsageError(first.message, *first.hints, more=tuple(others))
     return found
+
+
+def _take(
+    one: str,
+    kinds: Mapping[str, Kind],
+    families: Mapping[str, Kind],
+    command: str,
+    found: dict[str, Any],
+    seen: set[str],
+) -> None:
+    """Read one text into `found`; `seen` also has the keys whose value is wrong."""
+    if any("\ud800" <= c <= "\udfff" for c in one):
+        raise UsageError(f"`{one}` is not UTF-8 text")
+    key, equals, value = one.partition("=")
+    key, value = key.strip().lstrip("+"), value.strip()
+    if not equals:
+        raise UsageError(f"`{one}` is not `key=value`", *_no_equals(one, kinds))
+    begin = next((b for b in families if key.startswith(b) and len(key) > len(b)), None)
+    kind = kinds.get(key) or (families[begin] if begin else None)
+    if kind is None:
+        error = unknown("key", key, [*kinds, *(f"{b}NAME" for b in families)])
+        raise UsageError(error.message, *error.hints, f"`{command} --help` lists the keys")
+    if key in seen:
+        raise UsageError(f"`{key}` is given twice")
+    seen.add(key)
+    if not value or "\x00" in value:
+        raise UsageError(f"`{key}` has no value" if not value else f"`{key}` has a value with a null byte")
+    found[key] = kind(key, value)
 
 
 def family(values: Mapping[str, Any], begin: str) -> dict[str, Any]:

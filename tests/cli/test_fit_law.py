@@ -333,6 +333,15 @@ def test_a_wrong_command_ends_with_2_and_a_way_on(texts: list[str], said: str, r
     assert ended.code == 2 and ended.out == "" and said in ended.err, ended.err
 
 
+def test_all_wrong_keys_are_told_at_once(runs: Path) -> None:
+    ended = cpt("fit-law", f"data={runs}", "toks=3", "tolerance=x", "law=dcpt", "law=l1")
+    assert ended.code == 2 and ended.err.count("error:") == 3
+    for said in ("unknown key `toks`", "did you mean `tokens`?", "`tolerance`: `x`", "`law` is given twice"):
+        assert said in ended.err
+    ended = cpt("predict", str(runs), "r_domian=3", "tokens=zz")
+    assert ended.code == 2 and "did you mean `r_domain`?" in ended.err and "`tokens`: `zz`" in ended.err
+
+
 def test_a_fit_that_does_not_converge_prints_no_parameters(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpt.laws.dcpt import DCPT
 
