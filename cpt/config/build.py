@@ -126,39 +126,53 @@ def from_composed(
     """The checked plan of a composed recipe; see `plan`."""
     here, variables = Path(cwd or Path.cwd()).resolve(), os.environ if environ is None else environ
     draft = _build(composed, here, variables, {})
-    known = _known_laws(draft, laws)
+    known, told = _known_laws(draft, laws)
     if not known:
         return draft
     done = _build(composed, here, variables, known)
-    stages = {n: dataclasses.replace(s, fingerprint=draft.stages[n].fingerprint) for n, s in done.stages.items()}
+    stages = {
+        n: dataclasses.replace(
+            s, fingerprint=draft.stages[n].fingerprint, options={**s.options, **told[n]} if n in told else s.options
+        )
+        for n, s in done.stages.items()
+    }
     return dataclasses.replace(done, stages=stages, id=draft.id, name=draft.name)
 
 
-def _known_laws(plan: RunPlan, folders: Mapping[str, Path] | None) -> dict[str, dict[str, Any]]:
-    """What the laws give that later stages take values from, as far as they are fitted and may be used.
+def _known_laws(
+    plan: RunPlan, folders: Mapping[str, Path] | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, object]]]:
+    """What the laws give that later stages take values from, as far as they are fitted and may be used; and what the
+    plan says of those that were given as files.
 
     Raises:
-        PlanError: a law that was given as a file must not be used.
+        PlanError: a law that was given as a file must not be used, or cannot be asked for its target.
     """
-    from cpt.stages import law_values, reuse
+    from cpt.stages import law_file, law_values, reuse
+    from cpt.stages.law import options_of
 
     wanted = {value.partition(".")[0] for stage in plan.stages.values() for value in stage.law.values()}
-    found = {}
-    for name in wanted:
+    found: dict[str, dict[str, Any]] = {}
+    told: dict[str, dict[str, object]] = {}
+    for name in sorted(wanted):
         stage = plan.stages[name]
         file = stage.options.get("file")
         if file is not None:
-            folder: Path | None = Path(file)
-        else:
-            folder = folders.get(name) if folders is not None else reuse.find(plan, stage, Path("/"))
-        if folder is None:
+            options = options_of(plan, name)
+            try:
+                saved = law_file.of_file(options)
+            except CptError as error:
+                raise type(error)(f"`stages.{name}.file`: {error.message}", *error.hints) from None
+            values, why = law_values.given(saved)
+            if not values:
+                raise PlanError(f"the law in `{file}` must not be used: {why}", *law_values.by_hand(plan, name))
+            found[name], told[name] = values, law_file.told(saved, options)
             continue
-        values, why = law_values.result(folder)
+        folder = folders.get(name) if folders is not None else reuse.find(plan, stage, Path("/"))
+        values = law_values.result(folder)[0] if folder is not None else {}
         if values:
             found[name] = values
-        elif file is not None:
-            raise PlanError(f"the law in `{file}` must not be used: {why}", *law_values.by_hand(plan, name))
-    return found
+    return found, told
 
 
 def _build(

@@ -147,11 +147,11 @@ def _groups(
             domain = {s: 1.0 for s in sources if s not in general}
     if not domain and law.get("file") is None:
         parent = {**target, "replay": {"from": "parent"}}  # what was trained on before is hardly the domain
-        known = {*general, *(replayed(target, stages) or replayed(parent, stages) or ())}
-        new = [s for s in sources if s not in known] if known else []
+        other_side = {*general, *(replayed(target, stages) or replayed(parent, stages) or ())}
+        left = [s for s in sources if s not in other_side] if other_side else []
         raise UsageError(
             f"`{where}.domain` is missing: which sources the ratio is the share of is not known",
-            f"`{where}.domain=[{new[0] if len(new) == 1 else '...'}]` names them",
+            f"`{where}.domain=[{left[0] if len(left) == 1 else '...'}]` names them",
         )
     if not general:
         old = replayed(target, stages)

@@ -238,11 +238,12 @@ def options(name: str, law: Mapping[str, Any], grid: Grid, values: Mapping[str, 
     for key in ("file", "data"):
         if found.get(key) is None:
             continue
-        if not Path(found[key]).is_file():
+        if not Path(found[key]).is_file():  # `of_file` has put the file where a folder stood
             raise UsageError(f"`{key}`: there is no file `{found[key]}`")
         found["content"] = hash_file(found[key])
     if "data" not in found and "file" not in found:
         found["tokens"], found["every"] = proxy_tokens(law, law_name(law, grid))
+    own_limit = TOLERANCE if "file" not in found else None  # a saved law has been asked with one
     found |= {
         "target": grid.target or "",
         "law": law_name(law, grid),
@@ -250,7 +251,7 @@ def options(name: str, law: Mapping[str, Any], grid: Grid, values: Mapping[str, 
         "general": grid.general,
         "ratios": () if grid.several else grid.ratios,
         "mixtures": tuple(grid.mixtures.values()) if grid.several else (),
-        "tolerance": None if law.get("eps_g") is not None else law.get("tolerance", TOLERANCE),
+        "tolerance": None if law.get("eps_g") is not None else law.get("tolerance", own_limit),
         "seed": seed_of(law, values, grid.target),
     }
     return dict(to_json(dataclasses.asdict(LawStage(**found))))
@@ -265,10 +266,12 @@ def of_file(law: Mapping[str, Any]) -> dict[str, Any]:
     from cpt.laws.saved import SavedLaw
     from cpt.laws.table import DOMAIN, GENERAL
 
-    if not Path(law["file"]).is_file():
-        raise UsageError(f"there is no file `{law['file']}`")
-    saved = SavedLaw.load(law["file"])
-    found = dict(law)
+    path = Path(law["file"])
+    path = path / "law.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"there is no file `{path}`")
+    saved = SavedLaw.load(path)
+    found = {**law, "file": str(path)}
     if {DOMAIN, GENERAL} >= set(saved.table.corpora):
         return found | {k: dict(v) for k, v in saved.groups.items() if k in (DOMAIN, GENERAL) and not law.get(k)}
     sources = [s for corpus in saved.table.corpora for s in saved.groups.get(corpus) or (corpus,)]

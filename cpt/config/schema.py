@@ -273,7 +273,7 @@ LAW_KEYS: dict[str, Node] = {
     "seed": Key(kinds.integer(0, 2**31 - 1), "of the sample order of proxies, of starts and resamples", None,
                 "that of the stage in `for`"),
     "tolerance": Key(kinds.optional(kinds.part), "rise of the general loss above the base's that is allowed", None,
-                     "5%, unless `eps_g` is given"),
+                     "5%, unless `eps_g` is given; of a `file` its own"),
     "eps_g": Key(kinds.optional(kinds.number(0, unit="nats/token")), "the same as an amount", None, "none"),
     "max_cost": Key(kinds.part, "most that the proxies may cost, as a part of the compute of the stage in `for` and of "
                     "those that come from it", 0.35),
@@ -284,7 +284,9 @@ LAW_KEYS: dict[str, Node] = {
     "draws": Key(kinds.integer(0, 10_000), "bootstrap resamples", 200),
 }  # fmt: skip
 # Options of a law stage that come from other keys, or from the plan.
-_LAW_FOUND = ("target", "target_tokens", "target_params", "target_decays", "real_flops", "warmup", "content")
+_LAW_FOUND = (
+    "target", "target_tokens", "target_params", "target_decays", "real_flops", "warmup", "content", "answer", "doubts",
+)  # fmt: skip
 
 SOURCE = Section(
     "a corpus",

@@ -377,6 +377,7 @@ FEW_STEPS = 20  # of a proxy: so short a run shows its warmup more than its mixt
 
 def _law(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     """What a law stage cannot know about its target, said before its proxies run."""
+    yield from (f"law `{stage.name}`: {text}" for text in stage.options.get("doubts") or ())
     target = plan.stages.get(str(stage.options.get("target")))
     proxies = [(s, s.train) for s in plan.stages.values() if s.group == stage.name and s.train is not None]
     shortest = min((train.steps for _, train in proxies), default=FEW_STEPS)

@@ -13,7 +13,17 @@ from cpt.plan.types import RunPlan, to_json
 ABSENT = "absent"
 # Derived values that would only repeat the difference that they come from.
 _SKIPPED = ("id", "name", "config", "cache", "runs", "recipe")
-_SKIPPED_BELOW = ("fingerprint", "hf_config", "identity", "keep_steps", "points", "patterns", "assumed")
+_SKIPPED_BELOW = (
+    "fingerprint",
+    "hf_config",
+    "identity",
+    "keep_steps",
+    "points",
+    "patterns",
+    "assumed",
+    "answer",
+    "doubts",
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cpt.plan.types import RunPlan, StagePlan, Train, to_json
 FORMAT = 1
 LAYOUT = ("tp", "pp", "dp", "micro_batch_size")  # options of a stage that change its speed only
 # Of a law stage: names, places and prices; a file counts by its content.
-_LAW_IGNORED = ("target", "real_flops", "file", "data", "max_cost")
+_LAW_IGNORED = ("target", "real_flops", "file", "data", "max_cost", "answer", "doubts")
 _BY_SOURCE = ("domain", "general", "goal", "limits", "caps")  # options that are numbers by source
 
 

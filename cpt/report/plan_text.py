@@ -194,6 +194,8 @@ def _law_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
     """What a law stage runs, what that costs, and what it is asked."""
     options, cost = stage.options, proxy_cost(plan, stage.name)
     proxies = [s for s in plan.stages.values() if s.group == stage.name and s.train is not None]
+    if not proxies and options.get("answer"):
+        return [f"law     {stage.name}: {options['answer']}"]
     if not proxies:
         place = options.get("file") or options.get("data")
         how = "as it is in" if options.get("file") else f"{options['law']}, fitted on"

@@ -52,9 +52,11 @@ class LawStage(StageKind):
         how: `runs` = a proxy for each mixture; `merge` = one for each source, and averages of their weights.
         draws: bootstrap resamples.
         seed: of starts and resamples.
-        file: a saved law that is used as it is, absolute path.
+        file: a saved law that is asked for the target, absolute path.
         data: a table of finished runs that is fitted instead of proxies, absolute path.
         content: hash of `file` or `data`.
+        answer: what the law in `file` says for the target, in words.
+        doubts: warnings about that.
         max_cost: most that the proxies may cost, as a part of `real_flops` [fraction].
     """
 
@@ -82,6 +84,8 @@ class LawStage(StageKind):
     data: str | None = None
     content: str | None = None
     max_cost: float = 0.35
+    answer: str = ""
+    doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.how not in HOW:

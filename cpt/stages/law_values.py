@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import UsageError
 from cpt.base.units import show_count
 from cpt.plan.types import RunPlan, StagePlan
+
+if TYPE_CHECKING:
+    from cpt.laws.saved import SavedLaw
 
 
 def result(folder: Path) -> tuple[dict[str, Any], str]:
@@ -21,7 +24,11 @@ def result(folder: Path) -> tuple[dict[str, Any], str]:
     """
     from cpt.laws.saved import SavedLaw
 
-    saved = SavedLaw.load(folder)
+    return given(SavedLaw.load(folder))
+
+
+def given(saved: SavedLaw) -> tuple[dict[str, Any], str]:
+    """The same of a law that has been read."""
     values = saved.values()
     if saved.unfit:
         return {}, "; ".join(saved.unfit)
@@ -66,5 +73,6 @@ def taken(plan: RunPlan, law: str, values: dict[str, Any]) -> str:
     low, high = values.get("low"), values.get("high")
     between = f" (95 % interval of the ratio {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     at = f" at {show_count(values['tokens'])} tokens" if values.get("tokens") else ""
+    at += f" and {show_count(values['n_params'])} parameters" if at and values.get("n_params") else ""
     names = " and ".join(f"`{s.name}`" for s in users(plan, law))
     return f"law `{law}`: {shares}{between}{at}, for {names}"

@@ -15,6 +15,7 @@ from cpt.laws.settings import Settings
 from cpt.laws.table import DOMAIN, GENERAL, Table, read
 from cpt.plan.types import Job, RunPlan
 from cpt.stages.law import RESULT, LawStage, options_of
+from cpt.stages.law_file import of_file
 from cpt.stages.proxies import collect
 
 TABLE = "table.csv"
@@ -32,7 +33,7 @@ def work(plan: RunPlan, job: Job) -> int:
     for name in (RESULT, TABLE):  # of an attempt before: what is there afterwards is from this one
         (folder / name).unlink(missing_ok=True)
     if options.file is not None:
-        saved = SavedLaw.load(options.file)
+        saved = of_file(options)
         if not saved.groups:
             refuse_foreign(saved.table, options)
         saved = with_groups(saved, options)

@@ -15,11 +15,19 @@ import pytest
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.config import build
 from cpt.config.law_grid import spread
+from cpt.laws import table
+from cpt.laws.again import asked_again
+from cpt.laws.analyse import analyse
+from cpt.laws.saved import SavedLaw
+from cpt.laws.settings import Settings
 from cpt.plan.budget import proxy_cost
 from cpt.plan.types import RunPlan, StagePlan, Train
 from cpt.report.plan_text import plan_text
 from cpt.stages import law_values
+from cpt.stages.law import LawStage
+from cpt.stages.law_file import for_target, told
 from tests.command import write_base, write_corpus, write_project
+from tests.unit.laws import set_m
 
 RECIPE = """\
 # A law for the mixture of two corpora
@@ -376,18 +384,77 @@ def test_the_spread_has_corners_and_middle_first_and_is_the_same_every_time() ->
     assert min(distances) > 0.15
 
 
-def test_a_saved_law_is_used_at_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpt.config import laws
+LONG = ("stages.domain.tokens=5B", "stages.mix.for=domain")
 
-    (project / "law.json").write_text("{}")
-    monkeypatch.setattr(laws, "of_file", dict)
-    monkeypatch.setattr(law_values, "result", lambda folder: (FITTED, ""))
-    found = plan(project, "stages.mix.file=law.json")
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a law of three sizes, asked for 1.80B parameters and 10.0B tokens; in `any`, one without sizes."""
+    folder = tmp_path_factory.mktemp("made")
+    asked = Settings(
+        tolerance=0.03, base_losses={"general": 2.296}, n_params=1.8e9, tokens=1e10, bootstrap=8, compare=False
+    )
+    SavedLaw.of(analyse(table.read(set_m.write(folder / "runs.csv")), "dcpt", asked)).save(folder / "law.json")
+    rows = [line.replace(",1.8e+09,", ",") for line in set_m.lines() if ",1.8e+09," in line]
+    runs = set_m.write(folder / "any.csv", rows, set_m.HEAD.replace("n_params,", ""))
+    sizeless = dataclasses.replace(asked, n_params=None)
+    (folder / "any").mkdir()
+    SavedLaw.of(analyse(table.read(runs), "dcpt", sizeless)).save(folder / "any" / "law.json")
+    return folder
+
+
+def test_a_saved_law_is_used_at_once_and_asked_for_the_stage_that_it_is_for(project: Path, saved: Path) -> None:
+    found = plan(project, f"stages.mix.file={saved / 'any'}", *LONG)
     assert list(found.stages) == ["mix", "domain", "anneal"]
-    assert train(found, "domain").mixture == {"law": 0.75, "news": 0.25}
-    monkeypatch.setattr(law_values, "result", lambda folder: ({}, "it extrapolates"))
+    assert plan(project, f"stages.mix.file={saved / 'any' / 'law.json'}", *LONG).id == found.id
+    before = SavedLaw.load(saved / "any")
+    tokens = train(found, "domain").tokens
+    values = asked_again(before, dataclasses.replace(before.settings, tokens=float(tokens))).values()
+    assert values["tokens"] == tokens and values["ratio"] != before.values()["ratio"]
+    assert train(found, "domain").mixture["law"] == pytest.approx(values["ratio"])
+    line = next(line for line in plan_text(found, None, []).splitlines() if line.startswith("law  "))
+    assert "any/law.json, asked for 5.00B tokens" in line and f"law {100 * values['ratio']:.1f} % (" in line
+    more = plan(project, f"stages.mix.file={saved / 'any'}", *LONG, "stages.mix.tolerance=5%")
+    assert train(more, "domain").mixture["law"] > train(found, "domain").mixture["law"]
+    far = plan(project, f"stages.mix.file={saved / 'any'}", "stages.domain.tokens=100B", *LONG[1:])
+    assert "law `mix`: the token count lies 5 times beyond" in " ".join(build.warnings(far))
+
+
+def test_a_saved_law_is_asked_for_the_size_of_its_target(saved: Path) -> None:
+    law = SavedLaw.load(saved)
+    stage = LawStage(target="domain", target_params=4 * 10**9, target_tokens=10**10, tolerance=None)
+    values = for_target(law, stage).values()
+    assert values["n_params"] == 4e9 and values["ratio"] != law.values()["ratio"]
+    doubts = told(for_target(law, stage), dataclasses.replace(stage, file="law.json"))["doubts"]
+    assert "2.296, was given for a model of 1.80B parameters, and `domain` has 4.00B" in str(doubts)
+    same = for_target(law, dataclasses.replace(stage, target_params=18 * 10**8))
+    assert same.values() == law.values() and same.warnings == law.warnings
+
+
+def test_a_saved_law_without_an_answer_for_the_target_is_refused(project: Path, saved: Path) -> None:
+    error = refused(project, f"stages.mix.file={saved}")
+    assert "`stages.mix.file`: the law has no answer for `domain`, of 2.00M tokens and" in error.message
+    assert "2.296, was given for a model of 1.80B parameters" in error.hints[0]
+
+
+def test_a_saved_law_of_one_size_is_refused_for_another(project: Path, saved: Path) -> None:
+    before = SavedLaw.load(saved)
+    sizes = before.table.n_params
+    assert sizes is not None
+    one = table.read(saved / "runs.csv", f"n_params == {sizes.max():g}")
+    asked = dataclasses.replace(before.settings, n_params=float(sizes.max()))
+    SavedLaw.of(analyse(one, "dcpt", asked)).save(project / "one.json")
+    error = refused(project, "stages.mix.file=one.json")
+    assert "`stages.mix.file`: the law cannot be asked for stage `domain`: `n_params` is" in error.message
+    assert "one model size says nothing about others" in error.message
+    assert "it says domain 0." in " ".join(error.hints)
+
+
+def test_a_saved_law_that_must_not_be_used_is_refused(project: Path, saved: Path) -> None:
+    unfit = dataclasses.replace(SavedLaw.load(saved), unfit=("it loses to a line",))
+    unfit.save(project / "law.json")
     error = refused(project, "stages.mix.file=law.json")
-    assert "must not be used: it extrapolates" in error.message
+    assert "must not be used: it loses to a line" in error.message
     assert any("stages.domain.mixture={" in hint for hint in error.hints)
 
 
