@@ -113,6 +113,8 @@ def _fit(given: Mapping[str, Any], json: bool, loss: str, compare: bool, force: 
         LAWS.get(law)
     folder = _folder(given.get("out"))
     table = tables.read(given["data"], given.get("where"), given.get("columns"))
+    for text in table.notes:  # before the errors that follow from a column that was not understood
+        note(text)
     _refuse_unknown_corpora(table, given)
     _refuse_unanswerable(table, settings)
     law = given.get("law") or _usual(table)
@@ -121,7 +123,8 @@ def _fit(given: Mapping[str, Any], json: bool, loss: str, compare: bool, force: 
     analysis = analyse(table, law, settings)
     files = _write(analysis, folder) if folder is not None else {}
     for text in analysis.notes:
-        note(text)
+        if text not in table.notes:
+            note(text)
     for text in dict.fromkeys(one.text for one in analysis.warnings):
         warning(text)
     for reason in analysis.unfit:

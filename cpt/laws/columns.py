@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cpt.base.errors import UsageError
-from cpt.base.registry import unknown
+from cpt.base.registry import nearest, unknown
 
 NAMES: dict[str, tuple[str, ...]] = {
     "run": ("run", "run_id", "run_name", "experiment"),
@@ -58,6 +58,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "val_loss", "valid_loss", "validation_loss", "eval_loss", "final_loss"),
     "unique_tokens": ("unique_tokens", "unique"),
 }
+OFTEN = ("n_params", "tokens", "r_domain", "r_general", "loss_domain", "loss_general", "unique_tokens")
 UNNAMED_RATIOS = ("r", "ratio", "share", "mixture_ratio")  # of which corpus? the likeliest silent mistake
 _FAMILY = re.compile(r"(?:(w|loss)_(.+)|unique_(.+)_tokens)", re.IGNORECASE)
 
@@ -109,6 +110,20 @@ def meaning(names: Iterable[str], given: Mapping[str, str] | None = None) -> Mea
     if renamed:
         notes.insert(0, "columns read: " + ", ".join(renamed))
     return Meaning(found, tuple(name for name in names if name not in found.values()), tuple(notes))
+
+
+def meant(names: Iterable[str], found: Iterable[str]) -> dict[str, str]:
+    """Quantities that no column holds, by the unused column that almost has their name."""
+    held = set(found)
+    if any(key.startswith(("r_", "w_")) for key in held):
+        held |= {"r_domain", "r_general"}  # one share says the other
+    lacking = {alias: key for key in OFTEN if key not in held for alias in NAMES[key] if len(alias) > 2}
+    told: dict[str, str] = {}
+    for name in names:
+        near = nearest(_plain(name), [alias for alias in lacking if lacking[alias] not in told.values()])
+        if near is not None and _plain(name) not in UNNAMED_RATIOS:
+            told[name] = lacking[near]
+    return told
 
 
 def _plain(name: str) -> str:

@@ -22,7 +22,7 @@ from cpt.base.files import canonical_json, hash_text, without_nan
 from cpt.laws import rows as law_rows
 from cpt.laws import sheet as sheets
 from cpt.laws.checks import Problems, numbers, refuse_unlike_sums, texts
-from cpt.laws.columns import Meaning, meaning
+from cpt.laws.columns import Meaning, meaning, meant
 from cpt.laws.rows import Floats, Ints, Rows
 from cpt.laws.sheet import Sheet
 from cpt.laws.where import Where, number_of
@@ -231,6 +231,7 @@ def _build(sheet: Sheet, where: Where | None, given: Mapping[str, str]) -> Table
     if not any(key == LONE or key.startswith("loss_") for key in found.columns):
         raise UsageError(
             f"`{sheet.name}` has no column of losses: {_some(sheet.columns)}",
+            *(f"did you mean `{key}` by `{name}`?" for name, key in meant(found.unused, found.columns).items()),
             "`columns={loss_domain: NAME, loss_general: NAME}` says which they are",
         )
     is_base = _base_rows(sheet, found)
@@ -243,7 +244,8 @@ def _build(sheet: Sheet, where: Where | None, given: Mapping[str, str]) -> Table
         notes.append(f"`where` keeps {int(np.sum(chosen & ~is_base))} of {int(np.sum(~is_base))} rows")
     asked = {one.column for one in where.comparisons} if where is not None else set()
     if left := [name for name in found.unused if name not in asked]:
-        notes.append(f"columns not used: {_some(left, 8)}")
+        near = "; ".join(f"did you mean `{key}` by `{name}`?" for name, key in meant(left, found.columns).items())
+        notes.append(f"columns not used: {_some(left, 8)}" + (f"; {near}" if near else ""))
     used = [int(i) for i in np.flatnonzero(chosen & ~is_base)]
     if not used:
         why = f"no row meets `{where}`" if where is not None else "holds base losses only (0 tokens or steps)"

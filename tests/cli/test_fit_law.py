@@ -333,6 +333,17 @@ def test_a_wrong_command_ends_with_2_and_a_way_on(texts: list[str], said: str, r
     assert ended.code == 2 and ended.out == "" and said in ended.err, ended.err
 
 
+def test_a_column_that_was_not_understood_is_told_with_what_it_almost_says(runs: Path) -> None:
+    text = runs.read_text().replace("loss_general", "gen_los", 1)
+    runs.write_text(text)
+    ended = cpt("fit-law", f"data={runs}", "base_general=2.3", "tolerance=3%")
+    assert ended.code == 2 and "did you mean `loss_general` by `gen_los`?" in ended.err
+    assert ended.err.index("gen_los") < ended.err.index("error:")
+    runs.write_text(text.replace("loss_domain", "dom_los", 1))
+    ended = cpt("fit-law", f"data={runs}")
+    assert ended.code == 2 and "`loss_domain` by `dom_los`" in ended.err
+
+
 def test_all_wrong_keys_are_told_at_once(runs: Path) -> None:
     ended = cpt("fit-law", f"data={runs}", "toks=3", "tolerance=x", "law=dcpt", "law=l1")
     assert ended.code == 2 and ended.err.count("error:") == 3
