@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cpt.cli import available
 from tests.cli.made_base import write_base, write_corpora
+from tests.cli.test_laws_doc import MADE
 from tests.cli.test_recipes_run import SMALL, cpt
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -27,6 +30,10 @@ CUT = {
         "stages.domain.tokens=6k",
         "stages.anneal.tokens=2k",
     ],
+    "demo-law": [
+        *("train.seq_length=64", "train.evaluate.tokens=1k", "stages.pretrain.tokens=16k", "stages.domain.tokens=6k"),
+        *("stages.mix.tokens=6k", "stages.mix.every=1k", "stages.mix.draws=5", "stages.mix.max_cost=600%"),
+    ],
     "medical": [*SMALL, "stages.domain.tokens=4k", "stages.anneal.tokens=1k", "stages.domain.stop_if=null"],
 }
 
@@ -35,6 +42,8 @@ CUT = {
 def test_the_commands_of_the_readme_work_as_written(tmp_path: Path) -> None:
     assert any("recipe=demo" in line for line in LINES) and any("recipe=medical" in line for line in LINES)
     corpora = write_corpora(tmp_path)
+    (tmp_path / "made.py").write_text(MADE)
+    subprocess.run([sys.executable, "made.py"], cwd=tmp_path, check=True)
     given = {
         "/models/base-1b": str(write_base(tmp_path / "base", corpora["topics"])),
         "data/pubmed/*.parquet": str(corpora["more_topics"]),
