@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.laws import bootstrap, cautions, compare, heldout, identify, outliers, question, shape
+from cpt.laws import bootstrap, cautions, compare, growth, heldout, identify, outliers, question, shape
 from cpt.laws.fit import Fit, fit
 from cpt.laws.law import LAWS
 from cpt.laws.options import read_options
@@ -41,6 +41,8 @@ def analyse(table: Table, law_name: str, settings: Settings | None = None) -> An
         raise UsageError("`options.` are those of one law, and `law=auto` chooses among several")
     table = table.with_base(settings.base_losses)
     size = question.asked_size(table, settings)
+    if settings.base_losses:
+        settings = replace(settings, base_n_params=size)
     work = _Work(table, settings, None if law_name == AUTO else law_name)
     comparison: Comparison | None = None
     if law_name == AUTO or settings.compare:
@@ -74,7 +76,7 @@ def analyse(table: Table, law_name: str, settings: Settings | None = None) -> An
         no_recommendation=reason,
         warnings=(*warnings, *skipped),
         notes=table.notes,
-        unfit=cautions.unfit(targets),
+        unfit=cautions.unfit(targets, recommendation),
     )
 
 
@@ -198,6 +200,7 @@ def _target(
         base=table.base_loss(name, size),
         lowest_share=lowest,
         probe=probe,
+        grows=growth.growing(rows, found.predict(rows), name),
     )
 
 

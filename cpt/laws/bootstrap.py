@@ -9,8 +9,10 @@ Array suffixes: B resamples, U runs, R rows, D draws (row 0 the fit), P paramete
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpt.laws.fit import Fit, refit
 from cpt.laws.result import Bootstrap
@@ -23,6 +25,8 @@ FEW_RUNS = 12  # below, intervals are rough
 FEW_RESAMPLES = 10  # so few different resamples say nothing about the spread
 _EXTRA_STARTS = 3  # of each resample, beside the optimum
 _LARGE = 10_000  # rows x parameters; larger tables start from the optimum alone
+_ABSURD, _LEAST_SPAN = 3.0, 0.1  # a draw may miss a row by 3 times the range of losses, or 30 % of the highest
+_RUNAWAY = ("mixing",)
 _TRIES = 100  # draws per resample before the runs are called too few
 
 
@@ -40,7 +44,7 @@ def draws(fits: Mapping[str, Fit], options: Options, count: int, seed: int) -> t
     times_BU, runs, redrawn = resamples(fits, options, count, seed)
     by_row = all(fit.rows.num_runs == len(fit.rows) for fit in fits.values())
     told = Bootstrap("row" if by_row else "run", len(runs), len(times_BU), redrawn)
-    thetas = {}
+    thetas: dict[str, Floats] = {}
     for name, fit in fits.items():
         found = [fit.theta_P[None]]
         if len(times_BU):
@@ -50,7 +54,30 @@ def draws(fits: Mapping[str, Fit], options: Options, count: int, seed: int) -> t
             weight_BR = times_BU[:, unit_R] * fit.rows.weight_R
             found.append(refit(fit, weight_BR, extra_starts=extra, seed=seed)[0])
         thetas[name] = np.concatenate(found)
-    return thetas, told
+    sane_D = np.ones(len(times_BU) + 1, np.bool_)
+    for name, fit in fits.items():
+        if fit.law.name in _RUNAWAY:
+            np.logical_and(sane_D, _sane(fit, thetas[name]), out=sane_D)
+    sane_D[0] = True
+    absurd = int(np.sum(~sane_D))
+    return {name: theta_DP[sane_D] for name, theta_DP in thetas.items()}, replace(
+        told, resamples=told.resamples - absurd, absurd=absurd
+    )
+
+
+def _sane(fit: Fit, theta_DP: Floats) -> NDArray[np.bool_]:
+    """Draws that predict every measured row, drawn or not, somewhere near the measured losses.
+
+    An exponential law of a resample without the outermost ratios may rise by powers of ten there. Other laws keep
+    such draws, which are well determined elsewhere.
+    """
+    loss_R = fit.rows.loss_R
+    margin = _ABSURD * max(float(np.ptp(loss_R)), _LEAST_SPAN * float(loss_R.max()))
+    with np.errstate(all="ignore"):
+        loss_DR = fit.law.loss(theta_DP, fit.rows)[0]
+    near_DR = np.isfinite(loss_DR) & (np.abs(loss_DR - loss_R) <= margin)
+    found: NDArray[np.bool_] = np.asarray(near_DR.all(1), np.bool_)
+    return found
 
 
 def resamples(fits: Mapping[str, Fit], options: Options, count: int, seed: int) -> tuple[Floats, Ints, int]:

@@ -11,14 +11,17 @@ from cpt.base.units import show_count
 from cpt.laws.bootstrap import FEW_RUNS
 from cpt.laws.outliers import loss_name, ratio_name
 from cpt.laws.recommend.distance import STRONG
-from cpt.laws.result import Bootstrap, Recommendation, TargetFit, Warn
+from cpt.laws.result import Bootstrap, Growth, Recommendation, TargetFit, Warn
 from cpt.laws.settings import Settings
 from cpt.laws.table import DOMAIN, GENERAL, Table
 
 WIDE = 0.2  # interval of a ratio that says little [fraction]
 AGREEING = 5  # restarts that should find the same optimum
-WORSE = 3.0  # held-out error over in-sample error
+WORSE = 3.0  # error at ratios inside the others over in-sample error
+FAR_WORSE = 10.0  # the same for sizes and tokens beyond those of the fit, where even the true law misses more
+PART = 0.2  # of the allowed rise of the general loss: growth with tokens that an answer must not hide
 _FAR = 2.0  # a share further beyond the measured ones than these are apart
+_FOLLOWING = ("cmr", "replay")  # laws whose loss may rise with tokens
 _STEADY = ("constant", "infinite")  # schedules of the lr that do not end in a decay
 
 Fits = Mapping[str, TargetFit]
@@ -37,6 +40,7 @@ def cautions(
     found += _mixed(table) + _decaying(table, settings)
     for name, fit in fits.items():
         found += _of_fit(law, name, fit, table)
+        found += _growth(law, name, fit)
         found += _checks(name, fit)
     if bootstrap is not None:
         found += _of_bootstrap(bootstrap)
@@ -49,11 +53,15 @@ def cautions(
     return tuple(sorted(found, key=lambda w: not w.strong))
 
 
-def unfit(fits: Fits) -> tuple[str, ...]:
-    """Why the law must not be used: it predicts left-out ratios worse than a line between their neighbours, or
-    mixtures of several corpora worse than the nearest one."""
-    found = []
+def unfit(fits: Fits, recommendation: Recommendation | None = None) -> tuple[str, ...]:
+    """Why the law must not be used: nothing could be left out, it predicts left-out ratios worse than a line between
+    their neighbours, or mixtures of several corpora worse than the nearest one, or it falls with tokens at the
+    recommended ratio where the runs rise."""
+    found = _against_growth(fits, recommendation)
     for name, fit in fits.items():
+        if not math.isfinite(fit.heldout.error) or len(fit.rows) <= len(fit.fit.theta_P):
+            found.append(f"{loss_name(name)}: nothing could be left out, so its error on new runs is not known")
+            continue
         held = fit.heldout
         line = math.isfinite(held.interpolation)
         other = held.interpolation if line else held.nearest
@@ -101,14 +109,68 @@ def _rise(law: str, name: str, fit: TargetFit) -> str:
     return text if law == "cmr" else f"{text}; the form of `{law}` cannot follow that, `law=cmr` can"
 
 
+def _growth(law: str, name: str, fit: TargetFit) -> list[Warn]:
+    humped = {r.run for r in fit.rises}
+    grows = [g for g in fit.grows if 2 * len(humped & set(g.runs)) <= len(g.runs)]
+    if not grows or law in _FOLLOWING:
+        return []
+    shown = [" ".join([f"{g.what}:" if g.what else "", f"+{g.rise:.3g} nats"]).strip() for g in grows[:4]]
+    more = f" and {len(grows) - 4} more" if len(grows) > 4 else ""
+    first, last = min(g.first_tokens for g in grows), max(g.last_tokens for g in grows)
+    text = (
+        f"{loss_name(name)} goes on rising between {show_count(first)} and {show_count(last)} tokens "
+        f"({', '.join(shown)}{more}); the form of `{law}` cannot follow that: what it says of more tokens is too low"
+    )
+    if fit.rows.share_R is not None:
+        text += f"; `law=mixing where='tokens=={last:.10g}'` answers for that length alone, and `law=cmr` can follow "
+        text += "with six checkpoints of each run and the losses before training"
+    return [Warn("rises_with_tokens", text, name, strong=True)]
+
+
+def _against_growth(fits: Fits, answer: Recommendation | None) -> list[str]:
+    """Where the general loss of the ratios beside the answer rises with tokens and that of the law does not."""
+    if answer is None or answer.ratio is None or GENERAL not in fits:
+        return []
+    fit = fits[GENERAL]
+    limit, base = answer.limits.get(GENERAL), answer.base.get(GENERAL)
+    if limit is None or base is None or fit.rows.share_R is None:
+        return []
+    share = 1 - answer.ratio.value
+    measured = np.unique(fit.rows.share_R)
+    beside = {*measured[measured <= share + 1e-6][-1:].tolist(), *measured[measured >= share - 1e-6][:1].tolist()}
+    against = [g for s in beside if (g := _nearest_size(fit, s, answer.n_params)) is not None]
+    least = PART * (limit - base)
+    if not beside or len(against) < len(beside) or any(g.rise <= least or g.predicted > PART * g.rise for g in against):
+        return []
+    named = " and ".join(f"{g.rise:.3g} nats at {g.what}" for g in sorted(against, key=lambda g: g.share))
+    return [
+        f"{loss_name(GENERAL)} rises with tokens beside the answer ({named}, of {limit - base:.3g} allowed), and the "
+        "law has it fall"
+    ]
+
+
+def _nearest_size(fit: TargetFit, share: float, n_params: float | None) -> Growth | None:
+    """What grows at a ratio, among runs of the size nearest to the one asked."""
+    rows = fit.rows
+    assert rows.share_R is not None
+    found = [g for g in fit.grows if g.share == share]
+    if rows.n_params_R is None or n_params is None:
+        return found[0] if found else None
+    sizes = np.unique(rows.n_params_R[rows.share_R == share])
+    nearest = sizes[np.argmin(np.abs(np.log(sizes / n_params)))]
+    return next((g for g in found if g.n_params == nearest), None)
+
+
 def _checks(name: str, fit: TargetFit) -> list[Warn]:
     found = []
-    if fit.heldout.error > WORSE * fit.own.mean:
-        text = (
-            f"{loss_name(name)} of rows that were left out is missed by {100 * fit.heldout.error:.3g} %, "
-            f"that of the fit's own rows by {100 * fit.own.mean:.3g} %"
-        )
-        found.append(Warn("held_out", text, name))
+    own = fit.own.mean * math.sqrt(len(fit.rows) / max(len(fit.rows) - len(fit.fit.theta_P), 1))
+    missed = [("left-out ratios inside the others", fit.heldout.inside, WORSE)]
+    beyond = {"size": "the largest sizes, left out,", "tokens": "the last third of tokens, left out,"}
+    missed += [(what, fit.heldout.by[k].mean, FAR_WORSE) for k, what in beyond.items() if k in fit.heldout.by]
+    for what, error, times in missed:
+        if error > times * own:
+            text = f"{loss_name(name)} at {what} is missed by {100 * error:.3g} %, that of the fit's own rows by "
+            found.append(Warn("held_out", f"{text}{100 * fit.own.mean:.3g} %", name))
     if not fit.heldout.folds:
         text = f"no rows of {loss_name(name)} can be left out, so the error on new runs is not known"
         found.append(Warn("no_held_out", text, name))

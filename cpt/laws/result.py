@@ -125,6 +125,14 @@ class HeldOut:
     nearest: float
     missing: tuple[str, ...] = ()
 
+    @property
+    def inside(self) -> float:
+        """Mean relative error where the law need not go beyond its rows: at ratios inside the remaining ones, else on
+        left-out runs; NaN where neither can be left out [fraction]."""
+        if math.isfinite(self.law_within):
+            return self.law_within
+        return self.by["run"].mean if "run" in self.by else math.nan
+
 
 @dataclass(frozen=True)
 class Outlier:
@@ -168,6 +176,30 @@ class RiseFall:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Runs of one ratio and size whose loss goes on rising with tokens.
+
+    Args:
+        what: the ratio in words; empty without one.
+        share: of the corpus measured [fraction]; NaN without one.
+        n_params: their size [parameters]; None without one.
+        runs: their numbers.
+        rise: from the first measurement to the last, along the trend [nats/token].
+        predicted: the same by the law [nats/token].
+        first_tokens, last_tokens: between which it is measured [tokens].
+    """
+
+    what: str
+    share: float
+    n_params: float | None
+    runs: tuple[int, ...]
+    rise: float
+    predicted: float
+    first_tokens: float
+    last_tokens: float
+
+
+@dataclass(frozen=True)
 class Identified:
     """How well the rows determine the parameters.
 
@@ -189,12 +221,14 @@ class Bootstrap:
         units: how many runs or rows there are to draw from.
         resamples: how many were fitted.
         redrawn: how many more were drawn and could not determine the law.
+        absurd: how many of those fitted were left out, because they miss measured losses by far more than these differ.
     """
 
     by: str
     units: int
     resamples: int
     redrawn: int
+    absurd: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +252,7 @@ class TargetFit:
         lowest_share: r_i: below this share of the measured corpus the fitted loss rises with the share, which no
             training does, so that the law does not hold there; None for laws without one share [fraction].
         probe: `k1` and `k2` of the domain that is asked about, for laws over several domains.
+        grows: ratios whose runs' loss goes on rising with tokens.
     """
 
     name: str
@@ -235,6 +270,7 @@ class TargetFit:
     base: float | None
     lowest_share: float | None = None
     probe: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    grows: tuple[Growth, ...] = ()
 
     @property
     def law(self) -> Law:
@@ -283,12 +319,14 @@ class Comparison:
         chosen: the one that the analysis uses.
         best: the one with the lowest held-out error.
         why: one or two sentences.
+        over: kinds of folds that all laws share, over which the errors are: `ratio`, `size`, `tokens`, `run`.
     """
 
     forms: tuple[Form, ...]
     chosen: str
     best: str
     why: str
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,6 +439,7 @@ class Analysis:
             "identified": {name: f.identified for name, f in fits.items()},
             "restarts": {name: {"agreeing": f.fit.agreeing, "starts": f.fit.num_starts} for name, f in fits.items()},
             "rises": {name: f.rises for name, f in fits.items()},
+            "grows": {name: f.grows for name, f in fits.items()},
             "lowest_share": {name: f.lowest_share for name, f in fits.items()},
             "bootstrap": self.bootstrap,
             "comparison": self.comparison,

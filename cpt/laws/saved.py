@@ -172,11 +172,11 @@ class SavedLaw:
     def values(self) -> dict[str, Any]:
         """What `${law:STAGE.key}` gives: `ratio` (share of domain data), `replay` (1 - ratio), `low` and `high` (95 %
         interval of the ratio), `mixture` (share of every source), `tokens`, `n_params`, and `loss_<corpus>` predicted
-        there [nats/token]; without a recommendation only `verdict`.
+        there [nats/token]; only `law` and `verdict` without a recommendation, or when it must not be used.
         """
         found: dict[str, Any] = {"law": self.law, "verdict": self.verdict}
         answer = self.recommendation
-        if answer is None:
+        if answer is None or self.unfit:
             return found
         shares = {corpus: _value(share) for corpus, share in (answer.get("mixture") or {}).items()}
         ratio = answer.get("ratio")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cpt.base.errors import UsageError
+from cpt.laws.table import SAME_SIZE
 
 SCALES = ("log", "linear")
 
@@ -19,6 +20,7 @@ class Settings:
         tolerance: how far the general loss may rise above the base model's [fraction of it].
         eps_g: the same as an amount [nats/token]; one of the two at most.
         base_losses: loss of the base model on each corpus [nats/token]; goes before what the table says.
+        base_n_params: size of the model that `base_losses` were measured on [parameters]; `analyse` sets it.
         n_params: size of the model that is asked about [parameters]; without it the largest of the table.
         tokens: length of the training that is asked about [tokens]; without it the longest of the table.
         domain_tokens: distinct domain tokens there are; the total then follows from the ratio [tokens].
@@ -45,6 +47,7 @@ class Settings:
     tolerance: float | None = None
     eps_g: float | None = None
     base_losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    base_n_params: float | None = None
     n_params: float | None = None
     tokens: float | None = None
     domain_tokens: float | None = None
@@ -66,6 +69,12 @@ class Settings:
     force: bool = False
     decaying_lr: bool = False
     options: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    def base_for(self, n_params: float | None) -> Mapping[str, float]:
+        """`base_losses` when they are of a model of this size, else none."""
+        of = self.base_n_params
+        same = of is None or n_params is None or abs(n_params / of - 1) <= SAME_SIZE
+        return self.base_losses if same else {}
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and self.eps_g is not None:

@@ -31,6 +31,7 @@ from cpt.laws.where import parse as parse_where
 DOMAIN, GENERAL, LONE = "domain", "general", "loss"
 MOST_LOSS = 1e3  # [nats/token] no vocabulary gives more
 FEWEST_TOKENS, FEWEST_PARAMS = 1e5, 1e4  # below, the unit is likely wrong
+_UNIT_SLIP = "billions are written"
 SAME_SIZE = 0.01  # sizes that differ by less, `85.1M` and 85,131,264, are of one base model [fraction]
 SAME_BASE = 0.005  # measurements of one base model that differ by more are not of one model [fraction]
 
@@ -102,6 +103,8 @@ class Table:
     def of(cls, columns: Mapping[str, Sequence[object]], name: str = "table") -> Table:
         """A table from columns in memory, with the checks of a file; None where a row has no value.
 
+        What a program counted has its unit: small counts are not warned of.
+
         Raises:
             UsageError: what a file would be refused for.
         """
@@ -110,7 +113,8 @@ class Table:
         if not count:
             raise UsageError(f"`{name}` has no rows", "a table has one row for each measurement")
         assert all(len(v) == count for v in plain.values()), "columns of different length"
-        return _build(Sheet(name, plain, range(1, count + 1)), None, {})
+        found = _build(Sheet(name, plain, range(1, count + 1)), None, {})
+        return replace(found, warnings=tuple(w for w in found.warnings if _UNIT_SLIP not in w))
 
     @property
     def corpora(self) -> tuple[str, ...]:
@@ -175,6 +179,11 @@ class Table:
             return self
         kept = [Base(b.n_params, {k: v for k, v in b.losses.items() if k not in losses}) for b in self.base]
         return replace(self, base=(*(b for b in kept if b.losses), Base(None, dict(losses))))
+
+    def without_base(self, losses: Mapping[str, float]) -> Table:
+        """The table without losses of the base model that `with_base` added."""
+        given = {corpus: float(loss) for corpus, loss in losses.items()}
+        return replace(self, base=tuple(b for b in self.base if b.n_params is not None or dict(b.losses) != given))
 
     def records(self, base: bool = True) -> list[dict[str, Any]]:
         """All rows as plain values by quantity, with `base` the base models first as rows with 0 tokens."""
@@ -294,7 +303,7 @@ def _checked(sheet: Sheet, found: Meaning, used: list[int], problems: Problems, 
             warnings.append(
                 f"{sheet.place(used[low[0]], columns[key])} is {values[low[0]]:g}, below {fewest:,.0f}"
                 + (f", as in {low.size - 1} more rows" if low.size > 1 else "")
-                + f"; billions are written `{wanted}`"
+                + f"; {_UNIT_SLIP} `{wanted}`"
             )
     losses = {
         _corpus(key): numbers(

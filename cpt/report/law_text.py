@@ -41,6 +41,7 @@ def _head(analysis: Analysis) -> list[str]:
     if analysis.bootstrap is not None and analysis.bootstrap.resamples:
         told = analysis.bootstrap
         again = f", {told.redrawn} drawn again" if told.redrawn else ""
+        again += f", {told.absurd} left out that predict absurd losses" if told.absurd else ""
         lines.append(f"         intervals: 95 %, {told.resamples} resamples of {told.units} {told.by}s{again}")
     lines.append("verdict  " + ("unfit: do not use it for a mixture" if analysis.unfit else "fit for use"))
     return lines
@@ -79,6 +80,8 @@ def _held_out(analysis: Analysis) -> list[str]:
             rows.append(["inside other ratios, by the law", _percent(held.law_within), "", ""])
             rows.append(["   by a line between two ratios", _percent(held.interpolation), "", ""])
             rows.append(["   by the nearest ratio", _percent(held.nearest), "", ""])
+        if len(held.by) > 1:
+            rows.insert(begin, [f"left out: mean of the {len(held.by)} below", _percent(held.error), "", ""])
         rows.append(_error_row("rows of the fit", fit.own))
         for i, row in enumerate(rows[begin:]):
             row.insert(0, _loss(name) if i == 0 else "")
@@ -122,7 +125,8 @@ def _comparison(analysis: Analysis) -> list[str]:
         note = note or ("used" if form.law == told.chosen else "")
         known = ["", "", ""] if form.refused else [_percent(form.error), _number(form.aicc), str(form.num_params)]
         rows.append([form.law, *known, note])
-    return [*aligned(rows, right=(1, 2, 3)), show.plain(told.why)]
+    over = [f"left-out error: mean over {' and '.join(KINDS[k] for k in told.over)} left out of all laws"]
+    return [*aligned(rows, right=(1, 2, 3)), *(over if told.over else []), show.plain(told.why)]
 
 
 def _outliers(analysis: Analysis) -> list[str]:
@@ -147,14 +151,19 @@ def _outliers(analysis: Analysis) -> list[str]:
 def _answer(analysis: Analysis) -> list[str]:
     if analysis.recommendation is None:
         return [f"no recommendation: {show.plain(analysis.no_recommendation)}"] if analysis.no_recommendation else []
-    return recommendation(analysis.recommendation)
+    return recommendation(analysis.recommendation, unfit=bool(analysis.unfit))
 
 
-def recommendation(answer: Recommendation) -> list[str]:
-    """The answer in lines."""
+def recommendation(answer: Recommendation, unfit: bool = False) -> list[str]:
+    """The answer in lines.
+
+    Args:
+        unfit: the law must not be used, and each answer is marked.
+    """
+    mark = "(unfit) " if unfit else ""
     lines = [f"asked    {show.plain(answer.asked)}"]
     if answer.ratio is not None:
-        lines.append(f"answer   r_domain {answer.ratio.value:.3f}{_in_brackets(answer.ratio, '.3f')}")
+        lines.append(f"answer   {mark}r_domain {answer.ratio.value:.3f}{_in_brackets(answer.ratio, '.3f')}")
         replay = answer.replay
         assert replay is not None
         text = f"replay   {replay.value:.3f}{_in_brackets(replay, '.3f')}"
@@ -164,10 +173,10 @@ def recommendation(answer: Recommendation) -> list[str]:
         lines.append(text)
     elif answer.mixture:
         rows = [[corpus, f"{s.value:.3f}", _interval(s, ".3f")] for corpus, s in answer.mixture.items()]
-        lines += ["answer", *("  " + line for line in aligned(rows, right=(1, 2)))]
+        lines += [f"answer   {mark}".rstrip(), *("  " + line for line in aligned(rows, right=(1, 2)))]
     if answer.usage == "allocation" and answer.n_params is not None and answer.tokens is not None:
         length = show_count(answer.tokens.value)
-        lines.append(f"answer   {show_count(answer.n_params)} parameters, {length} tokens")
+        lines.append(f"answer   {mark}{show_count(answer.n_params)} parameters, {length} tokens")
     for corpus, loss in answer.losses.items():
         line = f"{_loss(corpus)} {loss.value:.4f}{_in_brackets(loss, '.4f')}"
         if corpus in answer.base:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -107,3 +109,31 @@ def test_another_seed_draws_others(four_ratios: Table) -> None:
 def test_an_estimate_is_the_fit_with_percentiles_of_the_draws() -> None:
     found = Estimate.of(np.concatenate([[5.0], np.arange(201.0), [np.nan]]))
     assert (found.value, found.low, found.high, found.width) == pytest.approx((5.0, 5.0, 195.0, 190.0))
+
+
+def test_mixing_draws_that_run_away_are_left_out_of_both_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resample without the outermost ratios may predict any loss there."""
+    share = np.repeat([0.0, 0.25, 0.5, 0.75, 1.0], 3)
+    of = Table.of(
+        {
+            "run": [f"{i}" for i in range(15)],
+            "r_domain": share.tolist(),
+            "loss_domain": (1.8 + np.exp(-2 * share)).tolist(),
+            "loss_general": (2.2 + 0.1 * np.exp(1.5 * share)).tolist(),
+        }
+    )
+    refit = bootstrap.refit
+
+    def away(found: Fit, *args: Any, **options: Any) -> tuple[Any, Any]:
+        theta_BP, objective_B = refit(found, *args, **options)
+        if found.rows.loss_R.max() < 2.9 and found.rows.loss_R.min() > 2.0:
+            theta_BP[4, 1] = -60.0
+            theta_BP[4, 2] = 40.0
+        return theta_BP, objective_B
+
+    monkeypatch.setattr(bootstrap, "refit", away)
+    found = analyse(of, "mixing", Settings(tolerance=0.1, base_losses={"general": 2.2}, bootstrap=30, compare=False))
+    assert found.bootstrap is not None
+    assert (found.bootstrap.absurd, found.bootstrap.resamples) == (1, 29)
+    assert {len(one.theta_DP) for one in found.fits.values()} == {30}
+    assert found.recommendation is not None and found.recommendation.losses["general"].high < 3

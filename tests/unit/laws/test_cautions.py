@@ -117,11 +117,76 @@ def test_a_ratio_at_the_edge_of_those_that_were_run_is_told(clean: Analysis, rat
 
 
 @pytest.mark.parametrize(("times", "told"), [(2.9, False), (3.1, True)])
-def test_a_held_out_error_above_three_times_the_own_is_told(clean: Analysis, times: float, told: bool) -> None:
-    held = dataclasses.replace(clean.fits["domain"].heldout, error=times * 0.01)
+def test_an_error_at_left_out_ratios_above_three_times_the_own_is_told(
+    clean: Analysis, times: float, told: bool
+) -> None:
+    """The own error counts by the rows that remain beside the constants, as a fit of few rows is closer to its own."""
+    fit = clean.fits["domain"]
     own = Errors(10, 0.01, 0.02, 0.9)
+    free = np.sqrt(len(fit.rows) / (len(fit.rows) - len(fit.params)))
+    held = dataclasses.replace(fit.heldout, law_within=times * 0.01 * free, by={}, error=1.0)
     fits = changed(clean, "domain", heldout=held, own=own)
     assert any(w.kind == "held_out" and w.target == "domain" for w in again(clean, fits=fits)) is told
+
+
+@pytest.mark.parametrize(("times", "told"), [(5, False), (12, True)])
+def test_tokens_beyond_those_of_the_fit_may_be_missed_by_more(clean: Analysis, times: float, told: bool) -> None:
+    own, far = Errors(10, 0.01, 0.02, 0.9), Errors(10, times * 0.01, 0.5, 0.9)
+    held = dataclasses.replace(clean.fits["domain"].heldout, law_within=0.01, by={"tokens": far})
+    fits = changed(clean, "domain", heldout=held, own=own)
+    assert any("last third of tokens" in w.text for w in again(clean, fits=fits) if w.kind == "held_out") is told
+
+
+def forgetting(exponent: float = 0.35, noise: float = 0.002) -> dict[str, list[Any]]:
+    """Three runs of each of five ratios, whose general loss rises with tokens."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Any]] = {k: [] for k in ("run", "tokens", "r_domain", "loss_domain", "loss_general")}
+    for r in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for k in range(3):
+            for d in (1e9, 2e9, 3e9, 4e9):
+                domain = 1.5 + 0.5 * np.exp(-3 * r) + 0.3 * (1e9 / d) ** 0.3 * (1 - 0.6 * r)
+                general = 2.3 + 0.35 * r**3 * (d / 1e9) ** exponent
+                noisy = np.exp(noise * rng.standard_normal(2)) * [domain, general]
+                for key, value in zip(found, (f"{r}-{k}", d, r, *noisy.tolist()), strict=True):
+                    found[key].append(value)
+    return found
+
+
+FORGOT = Settings(tolerance=0.03, base_losses={"general": 2.3}, tokens=4e9, bootstrap=0, compare=False)
+
+
+def test_a_general_loss_that_rises_with_tokens_beside_the_answer_makes_the_law_unfit() -> None:
+    found = analyse(Table.of(forgetting()), "dcpt", FORGOT)
+    (warned,) = [w for w in found.warnings if w.kind == "rises_with_tokens"]
+    assert warned.strong and warned.target == "general"
+    assert "r_general 0.1: +0.1" in warned.text and "r_general 0.5: +0.0" in warned.text
+    assert (
+        "r_general 0.9" not in warned.text
+        and "`law=cmr` can follow" in warned.text
+        and "tokens==4000000000" in warned.text
+    )
+    (why,) = found.unfit
+    assert "rises with tokens beside the answer" in why and "r_general 0.3 and" in why and "of 0.069 allowed" in why
+    assert found.verdict == "unfit"
+
+
+def test_a_law_asked_far_from_the_ratios_that_rise_stays_fit_and_warned() -> None:
+    given = forgetting()
+    given["loss_general"] = [
+        loss if r == 0.9 else 2.3 + 0.1 * r + 0.01 * (1e9 / d) ** 0.3
+        for loss, r, d in zip(given["loss_general"], given["r_domain"], given["tokens"], strict=True)
+    ]
+    asked = dataclasses.replace(FORGOT, tolerance=0.02)
+    found = analyse(Table.of(given), "dcpt", asked)
+    assert any(w.kind == "rises_with_tokens" for w in found.warnings)
+    assert not any("rises with tokens" in why for why in found.unfit)
+
+
+def test_a_law_with_nothing_left_out_is_unfit(clean: Analysis) -> None:
+    nan = float("nan")
+    held = dataclasses.replace(clean.fits["domain"].heldout, folds=(), by={}, error=nan, law_within=nan)
+    (why,) = cautions.unfit(changed(clean, "domain", heldout=held))
+    assert why == "the domain loss: nothing could be left out, so its error on new runs is not known"
 
 
 @pytest.mark.parametrize(("agreeing", "told"), [(4, True), (5, False)])
