@@ -14,6 +14,7 @@ from cpt.cli.flags import Json, note, result, result_json, warning
 
 if TYPE_CHECKING:
     from cpt.laws.recommend.distance import Distance
+    from cpt.laws.result import Estimate
     from cpt.laws.saved import SavedLaw
     from cpt.laws.settings import Settings
 
@@ -164,8 +165,10 @@ def _predict(
             base[name] = extra["base"]
         several = np.array([shares[c] for c in saved.table.corpora]) if shares and len(shares) > 2 else None
         share = shares.get(name) if shares and several is None else None
+    from cpt.laws.recommend.answer import general_limit
         far = distance(target.rows, n_params=size, tokens=tokens, share=share, shares=several)
         lies = lies or far
+    from cpt.laws.table import GENERAL
         lowest = _lowest(saved, name, size, tokens, settings)
         warnings += _warnings(name, far.strong, far.reason, share, lowest)
     assert lies is not None
@@ -189,9 +192,13 @@ def _predict(
                     "warnings": list(dict.fromkeys(warnings)),
                 }
             )
+    limit = None
+    if ("tolerance" in given or "eps_g" in given) and GENERAL in losses:
+        limit = general_limit(base.get(GENERAL), given.get("tolerance"), given.get("eps_g"))
         )
     else:
-        result(law_text.prediction(" · ".join(parts), losses, base, lies.reason, []))
+        meets = [_meets(losses[GENERAL], limit)] if limit is not None else []
+        result(law_text.prediction(" · ".join(parts), losses, base, lies.reason, meets))
     return 0
 
 
@@ -208,6 +215,7 @@ def _refuse_lacking(
         if column in known and known[column] is None and not dropped:
             key = f"base_{name}" if column == "base" else column
             raise UsageError(f"the law `{saved.law}` predicts nothing without `{key}`", f"give `{key}=`")
+                | ({"limit": limit, "admissible": losses[GENERAL].value <= limit} if limit is not None else {})
 
 
 def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | None, lowest: float | None) -> list[str]:
@@ -215,6 +223,14 @@ def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | No
     if "beyond" in reason or "outside" in reason:
         found.append(f"{reason}: the prediction extrapolates" + (" far" if strong else ""))
     if share is not None and lowest is not None and 0 < share < lowest:
+def _meets(loss: Estimate, limit: float) -> str:
+    """Whether the general loss keeps the limit that was given with a mixture."""
+    by = f"{abs(loss.value - limit):.4f} nats {'below' if loss.value <= limit else 'above'} the limit of {limit:.4f}"
+    sure = "" if not loss.low <= limit <= loss.high else ", and the interval reaches over it"
+    verdict = "is within" if loss.value <= limit else "is not within"
+    return f"limit    this mixture {verdict} the tolerance: general loss {by}{sure}"
+
+
         found.append(
             f"r_{name} {share:.3g} lies below {lowest:.3g}, where the fitted {name} loss stops rising with its own "
             "share: the law does not hold there"
@@ -235,7 +251,6 @@ def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None
 
 
 def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], json: bool) -> int:
-    from cpt.base.errors import UsageError
     from cpt.laws import cautions, question
     from cpt.laws.result import plain
     from cpt.report import law_text
@@ -253,10 +268,7 @@ def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], js
     }
     answer, reason = question.recommend(table, targets, settings)
     if answer is None:
-        raise UsageError(
-            f"the law recommends no mixture: {reason}",
-            "`r_domain=0.5` asks for the losses at a ratio, `tolerance=3%` for the best one within a tolerance",
-        )
+        return _no_answer(saved, settings, size, tokens, reason, json)
     warnings = [w.text for w in cautions.of_answer(answer, targets)]
     for text in warnings:
         warning(text)
@@ -275,4 +287,29 @@ def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], js
     else:
         result("\n".join(law_text.recommendation(answer)))
     note("`r_domain=...` asks for the losses at a ratio of your own")
+    return 0
+
+
+def _no_answer(
+    saved: SavedLaw, settings: Settings, size: float | None, tokens: float | None, reason: str, json: bool
+) -> int:
+    """No share is admissible, which is an answer as in `cpt fit-law`; that nothing was asked is an error."""
+    from cpt.base.errors import UsageError
+    from cpt.laws.recommend.distance import distance
+
+    way = "`r_domain=0.5` asks for the losses at a ratio, `tolerance=3%` for the best one within a tolerance"
+    if all(getattr(settings, key) is None for key in ("tolerance", "eps_g", "domain_tokens", "compute")) and not any(
+        getattr(settings, key) for key in ("limits", "goal", "caps")
+    ):
+        raise UsageError(f"the law recommends no mixture: {reason}", way)
+    lies = distance(next(iter(saved.targets.values())).rows, n_params=size, tokens=tokens)
+    warnings = [] if lies.inside else [f"{lies.reason}: the prediction extrapolates" + " far" * bool(lies.strong)]
+    for text in warnings:
+        warning(text)
+    if json:
+        said = {"recommendation": None, "no_recommendation": reason, "warnings": warnings}
+        result_json({"law": saved.law, "verdict": saved.verdict, **said})
+    else:
+        result(f"no recommendation: {reason}")
+        note(way)
     return 0

@@ -179,8 +179,10 @@ def account(plan: RunPlan, homes: Mapping[str, Path], stage: str | None = None) 
     from_scratch = plan.base.kind == "scratch" and plan.stages[chain[0]].parent in (None, "base")
     made_base = [i for i, row in enumerate(rows[:-1]) if row.stage == chain[0]]
     compared = made_base[0] if from_scratch and made_base else 0
+    matrix: Matrix | None = None
+    problem: str | None
     if from_scratch and rows[compared].stage is None:  # what random weights "knew" cannot be forgotten
-        matrix, problem = None, "with one training stage there is nothing yet that could be forgotten"
+        problem = "with one training stage there is nothing yet that could be forgotten"
     else:
         matrix, problem = _matrix(plan, rows[compared:])
     return Account(

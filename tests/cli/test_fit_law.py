@@ -356,6 +356,22 @@ def test_all_wrong_keys_are_told_at_once(runs: Path) -> None:
 def test_a_fit_that_does_not_converge_prints_no_parameters(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpt.laws.dcpt import DCPT
 
+def test_a_mixture_asked_about_with_a_tolerance_is_told_whether_it_keeps_it(saved: tuple[Path, Ended]) -> None:
+    law = str(saved[0])
+    assert "this mixture is within the tolerance" in cpt("predict", law, "r_domain=0.5", "tolerance=3%").out
+    assert "this mixture is not within the tolerance" in cpt("predict", law, "r_domain=0.95", "tolerance=1%").out
+    assert json.loads(cpt("predict", law, "r_domain=0.95", "tolerance=1%", "--json").out)["admissible"] is False
+    assert "limit " not in cpt("predict", law, "r_domain=0.5").out
+
+
+def test_no_admissible_share_is_an_answer_with_its_reason_and_the_extrapolation(saved: tuple[Path, Ended]) -> None:
+    ended = cpt("predict", str(saved[0]), "tokens=10", "tolerance=3%")
+    assert ended.code == 0 and "no recommendation: no share keeps the general loss" in ended.out
+    assert "the prediction extrapolates far" in ended.err
+    told = json.loads(cpt("predict", str(saved[0]), "tokens=10", "tolerance=3%", "--json").out)
+    assert told["recommendation"] is None and "no share keeps" in told["no_recommendation"]
+
+
     real = DCPT.loss
     monkeypatch.setattr(DCPT, "loss", lambda self, theta, rows: tuple(np.nan * a for a in real(self, theta, rows)))
     ended = cpt("fit-law", "data=runs.csv", "law=dcpt", *FAST)
