@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -15,6 +16,7 @@ from cpt.laws.analyse import analyse
 from cpt.laws.result import Analysis
 from cpt.laws.saved import SavedLaw
 from cpt.laws.settings import Settings
+from cpt.report import law_text
 from tests.unit.laws import set_m
 
 GROUPS = {"domain": {"pubmed": 3.0, "icd": 1.0}, "general": {"web": 1.0}}
@@ -74,6 +76,28 @@ def test_a_law_without_a_recommendation_gives_its_verdict_alone(analysis: Analys
     again = SavedLaw.load(tmp_path / "law.json")
     assert again.values() == {"law": "dcpt", "verdict": "fit"} and again.recommendation is None
     assert "nothing was asked" in again.no_recommendation
+
+
+def test_an_unfit_law_gives_no_values_and_marks_its_answer(analysis: Analysis, tmp_path: Path) -> None:
+    unfit = dataclasses.replace(analysis, unfit=("it falls where the runs rise",))
+    SavedLaw.of(unfit, GROUPS).save(tmp_path / "law.json")
+    written = json.loads((tmp_path / "law.json").read_text())
+    assert written["values"] == {"law": "dcpt", "verdict": "unfit"} and written["recommendation"] is not None
+    assert SavedLaw.load(tmp_path / "law.json").values() == written["values"]
+    assert "answer   (unfit) r_domain 0.7" in law_text.text(unfit)
+    assert "answer   r_domain 0.7" in law_text.text(analysis)
+
+
+def test_the_size_of_base_losses_that_were_given_is_kept(analysis: Analysis, path: Path) -> None:
+    settings = SavedLaw.load(path).settings
+    assert settings.base_n_params == 1.8e9
+    assert settings.base_for(1.801e9) == {"general": 2.296} and settings.base_for(7e10) == {}
+
+
+def test_the_headline_and_what_it_is_made_of_stand_in_the_text(analysis: Analysis) -> None:
+    held = analysis.fits["domain"].heldout
+    text = law_text.text(analysis)
+    assert f"left out: mean of the {len(held.by)} below" in text and f"{100 * held.error:.3g} %" in text
 
 
 def test_a_folder_stands_for_the_law_in_it(path: Path) -> None:

@@ -402,3 +402,12 @@ def test_rows_of_two_domains_are_two_runs_where_none_are_named(tmp_path: Path) -
     head = "domain,n_params,tokens,r_domain,loss_domain"
     found = table.read(write(tmp_path, "law,1e9,1e9,0.5,2.5", "code,1e9,1e9,0.5,1.5", "law,1e9,2e9,0.5,2.4", head=head))
     assert found.num_runs == 2 and found.run[0] == found.run[2]
+
+
+def test_small_counts_of_tokens_are_warned_of_in_files_and_not_in_what_a_program_counted(tmp_path: Path) -> None:
+    given = {"run": list("abc"), "tokens": [4096, 8192, 16384], "loss": [3.0, 2.9, 2.8]}
+    assert table.Table.of(given).warnings == ()
+    lines = [",".join(str(v) for v in row) for row in zip(*given.values(), strict=True)]
+    (tmp_path / "runs.csv").write_text("\n".join([",".join(given), *lines]))
+    (warned,) = table.read(tmp_path / "runs.csv").warnings
+    assert "below 100,000" in warned
