@@ -74,6 +74,9 @@ def command(
     given = keys.parse(list(overrides or []), KINDS, FAMILIES, "cpt predict")
     saved = SavedLaw.load(_file(law))
     settings = _settings(saved, given, force)
+    if not saved.settings.base_for(settings.base_n_params):
+        table = saved.table.without_base(saved.settings.base_losses)
+        saved = dataclasses.replace(saved, table=table)
     shares = _shares(saved, given)
     for reason in saved.unfit:
         warning(f"the law is unfit for use: {reason}")
@@ -105,8 +108,25 @@ def _settings(saved: SavedLaw, given: Mapping[str, Any], force: bool) -> Setting
     if any(key in given for key in _QUESTION):
         kept = {key: None for key in ("domain_tokens", "compute", "budget", "ratio") if key not in given}
         changed = kept | changed
-    base = {**saved.settings.base_losses, **keys.family(given, "base_")}
-    return dataclasses.replace(saved.settings, **changed, base_losses=base, force=force)
+    given_now = keys.family(given, "base_")
+    size = given.get("n_params", saved.settings.base_n_params)
+    base = {**_base_of_size(saved, size, given_now), **given_now}
+    return dataclasses.replace(saved.settings, **changed, base_losses=base, base_n_params=size, force=force)
+
+
+def _base_of_size(saved: SavedLaw, size: float | None, given: Mapping[str, float]) -> Mapping[str, float]:
+    """The losses before training that were given with the fit, unless another size is asked about now."""
+    from cpt.base.units import show_count
+
+    kept = saved.settings.base_for(size)
+    lost = [f"`base_{name}=`" for name in saved.settings.base_losses if name not in kept and name not in given]
+    of = saved.settings.base_n_params
+    if lost and size is not None and of is not None:
+        warning(
+            f"the losses before training were given for {show_count(of)} parameters and are not used for "
+            f"{show_count(size)}; {' and '.join(lost)} gives them"
+        )
+    return kept
 
 
 def _shares(saved: SavedLaw, given: Mapping[str, Any]) -> dict[str, float] | None:
@@ -145,8 +165,10 @@ def _predict(
 
     from cpt.base.units import show_count
     from cpt.laws import question
+    from cpt.laws.recommend.answer import general_limit
     from cpt.laws.recommend.distance import distance
     from cpt.laws.result import Estimate, plain
+    from cpt.laws.table import GENERAL
     from cpt.report import law_text
 
     table = saved.table.with_base(settings.base_losses)
@@ -165,13 +187,14 @@ def _predict(
             base[name] = extra["base"]
         several = np.array([shares[c] for c in saved.table.corpora]) if shares and len(shares) > 2 else None
         share = shares.get(name) if shares and several is None else None
-    from cpt.laws.recommend.answer import general_limit
         far = distance(target.rows, n_params=size, tokens=tokens, share=share, shares=several)
         lies = lies or far
-    from cpt.laws.table import GENERAL
         lowest = _lowest(saved, name, size, tokens, settings)
         warnings += _warnings(name, far.strong, far.reason, share, lowest)
     assert lies is not None
+    limit = None
+    if ("tolerance" in given or "eps_g" in given) and GENERAL in losses:
+        limit = general_limit(base.get(GENERAL), given.get("tolerance"), given.get("eps_g"))
     for text in dict.fromkeys(warnings):
         warning(text)
     parts = [] if size is None else [f"{show_count(size)} parameters"]
@@ -191,15 +214,21 @@ def _predict(
                     "factors": lies.factors,
                     "warnings": list(dict.fromkeys(warnings)),
                 }
+                | ({"limit": limit, "admissible": losses[GENERAL].value <= limit} if limit is not None else {})
             )
-    limit = None
-    if ("tolerance" in given or "eps_g" in given) and GENERAL in losses:
-        limit = general_limit(base.get(GENERAL), given.get("tolerance"), given.get("eps_g"))
         )
     else:
         meets = [_meets(losses[GENERAL], limit)] if limit is not None else []
         result(law_text.prediction(" · ".join(parts), losses, base, lies.reason, meets))
     return 0
+
+
+def _meets(loss: Estimate, limit: float) -> str:
+    """Whether the general loss keeps the limit that was given with a mixture."""
+    by = f"{abs(loss.value - limit):.4f} nats {'below' if loss.value <= limit else 'above'} the limit of {limit:.4f}"
+    sure = "" if not loss.low <= limit <= loss.high else ", and the interval reaches over it"
+    verdict = "is within" if loss.value <= limit else "is not within"
+    return f"limit    this mixture {verdict} the tolerance: general loss {by}{sure}"
 
 
 def _refuse_lacking(
@@ -215,7 +244,6 @@ def _refuse_lacking(
         if column in known and known[column] is None and not dropped:
             key = f"base_{name}" if column == "base" else column
             raise UsageError(f"the law `{saved.law}` predicts nothing without `{key}`", f"give `{key}=`")
-                | ({"limit": limit, "admissible": losses[GENERAL].value <= limit} if limit is not None else {})
 
 
 def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | None, lowest: float | None) -> list[str]:
@@ -223,14 +251,6 @@ def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | No
     if "beyond" in reason or "outside" in reason:
         found.append(f"{reason}: the prediction extrapolates" + (" far" if strong else ""))
     if share is not None and lowest is not None and 0 < share < lowest:
-def _meets(loss: Estimate, limit: float) -> str:
-    """Whether the general loss keeps the limit that was given with a mixture."""
-    by = f"{abs(loss.value - limit):.4f} nats {'below' if loss.value <= limit else 'above'} the limit of {limit:.4f}"
-    sure = "" if not loss.low <= limit <= loss.high else ", and the interval reaches over it"
-    verdict = "is within" if loss.value <= limit else "is not within"
-    return f"limit    this mixture {verdict} the tolerance: general loss {by}{sure}"
-
-
         found.append(
             f"r_{name} {share:.3g} lies below {lowest:.3g}, where the fitted {name} loss stops rising with its own "
             "share: the law does not hold there"
@@ -247,6 +267,8 @@ def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None
     if target.rows.share_R is None or len(saved.table.shares) != 2 or not question.by_ratio(target.law, probe):
         return None
     base = saved.table.base_loss(name, size)
+    if base is None and "base" in target.law.needs:
+        return None
     return shape.lowest_valid_share(target.law, target.theta_DP[0], size, tokens, base, probe)
 
 
@@ -285,7 +307,7 @@ def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], js
             )
         )
     else:
-        result("\n".join(law_text.recommendation(answer)))
+        result("\n".join(law_text.recommendation(answer, unfit=bool(saved.unfit))))
     note("`r_domain=...` asks for the losses at a ratio of your own")
     return 0
 

@@ -96,6 +96,18 @@ def test_far_extrapolation_is_warned_about(saved: tuple[Path, Ended]) -> None:
     assert ended.code == 0 and "warning: " in ended.err and "extrapolates far" in ended.err
 
 
+def test_a_base_loss_given_for_one_size_is_not_that_of_another(saved: tuple[Path, Ended]) -> None:
+    asked = ("predict", str(saved[0]), "tokens=10B", "r_domain=0.5")
+    assert "%" in cpt(*asked, "n_params=1.8B").out.splitlines()[-1]
+    ended = cpt(*asked, "n_params=70B")
+    assert "%" not in ended.out.splitlines()[-1]
+    assert "given for 1.80B parameters and are not used for 70.0B; `base_general=` gives them" in ended.err
+    again = cpt(*asked, "n_params=70B", "base_general=1.9")
+    assert "%" in again.out.splitlines()[-1] and "are not used" not in again.err
+    refused = cpt("predict", str(saved[0]), "tokens=10B", "n_params=70B")
+    assert refused.code == 2 and "general loss before training is" in refused.err
+
+
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
@@ -344,18 +356,6 @@ def test_a_column_that_was_not_understood_is_told_with_what_it_almost_says(runs:
     assert ended.code == 2 and "`loss_domain` by `dom_los`" in ended.err
 
 
-def test_all_wrong_keys_are_told_at_once(runs: Path) -> None:
-    ended = cpt("fit-law", f"data={runs}", "toks=3", "tolerance=x", "law=dcpt", "law=l1")
-    assert ended.code == 2 and ended.err.count("error:") == 3
-    for said in ("unknown key `toks`", "did you mean `tokens`?", "`tolerance`: `x`", "`law` is given twice"):
-        assert said in ended.err
-    ended = cpt("predict", str(runs), "r_domian=3", "tokens=zz")
-    assert ended.code == 2 and "did you mean `r_domain`?" in ended.err and "`tokens`: `zz`" in ended.err
-
-
-def test_a_fit_that_does_not_converge_prints_no_parameters(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpt.laws.dcpt import DCPT
-
 def test_a_mixture_asked_about_with_a_tolerance_is_told_whether_it_keeps_it(saved: tuple[Path, Ended]) -> None:
     law = str(saved[0])
     assert "this mixture is within the tolerance" in cpt("predict", law, "r_domain=0.5", "tolerance=3%").out
@@ -371,6 +371,18 @@ def test_no_admissible_share_is_an_answer_with_its_reason_and_the_extrapolation(
     told = json.loads(cpt("predict", str(saved[0]), "tokens=10", "tolerance=3%", "--json").out)
     assert told["recommendation"] is None and "no share keeps" in told["no_recommendation"]
 
+
+def test_all_wrong_keys_are_told_at_once(runs: Path) -> None:
+    ended = cpt("fit-law", f"data={runs}", "toks=3", "tolerance=x", "law=dcpt", "law=l1")
+    assert ended.code == 2 and ended.err.count("error:") == 3
+    for said in ("unknown key `toks`", "did you mean `tokens`?", "`tolerance`: `x`", "`law` is given twice"):
+        assert said in ended.err
+    ended = cpt("predict", str(runs), "r_domian=3", "tokens=zz")
+    assert ended.code == 2 and "did you mean `r_domain`?" in ended.err and "`tokens`: `zz`" in ended.err
+
+
+def test_a_fit_that_does_not_converge_prints_no_parameters(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpt.laws.dcpt import DCPT
 
     real = DCPT.loss
     monkeypatch.setattr(DCPT, "loss", lambda self, theta, rows: tuple(np.nan * a for a in real(self, theta, rows)))
@@ -422,6 +434,7 @@ def test_every_setting_has_a_key_or_a_flag() -> None:
     from cpt.laws.settings import Settings
 
     flags = {"base_losses", "options", "scale", "compare", "force"}  # `base_...`, `options....`, `--loss` and so on
+    flags.add("base_n_params")  # the size asked about when `base_...` was given
     assert {f.name for f in dataclasses.fields(Settings)} == flags | set(KINDS) - {
         "data",
         "law",
