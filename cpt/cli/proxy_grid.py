@@ -61,13 +61,33 @@ def command(
         if json:
             result_json(plan_command.as_json(plan))
         else:
-            result(plan_command.text(plan, ["cpt", "fit-law", *texts]))
+            short = _too_short(plan, law)
+            result(plan_command.text(plan, None if short else ["cpt", "fit-law", *texts]))
+            if short:
+                note(short)
         return 0
 
     def finish(ended: Result, screen: Screen, json: bool) -> int:
         return _finish(ended, law, overrides, json)
 
     return run_command.go(make, fresh=fresh, yes=yes, json=json, finish=finish)
+
+
+def _too_short(plan: RunPlan, law: str) -> str:
+    """That the proxies say little, and how long they should be; empty when they are long enough."""
+    from cpt.base.units import show_count
+    from cpt.plan.check import FEW_STEPS
+
+    trains = [s.train for s in plan.stages.values() if s.group == law and s.train is not None]
+    shortest = min((t.steps for t in trains), default=FEW_STEPS)
+    if shortest >= FEW_STEPS:
+        return ""
+    tokens = max(FEW_STEPS * t.global_batch_size * t.seq_length for t in trains)
+    longer = show_count(tokens).replace(",", "")
+    return (
+        f"no command is offered: proxies of {shortest} steps say little; `tokens={longer}` makes them "
+        f"{FEW_STEPS} steps long"
+    )
 
 
 def only(plan: RunPlan, law: str, name: str | None = None) -> RunPlan:
@@ -96,6 +116,13 @@ def _overrides(texts: Sequence[str]) -> tuple[str, list[str]]:
     chosen, short, rest = None, [], []
     for text in texts:
         key, _, value = text.strip().partition("=")
+        if key == "data" and not value.strip().startswith("{"):  # a mapping is the recipe's own key
+            raise UsageError(
+                "`recipe=` and `data=` exclude each other: the one makes the runs, the other has them",
+                "`cpt fit-law data=FILE` fits a table, `stages.<law>.data=FILE` lets a recipe's law use one",
+            )
+        if key == "ratio":
+            raise UsageError("unknown key `ratio`", "did you mean `ratios`? It lists the domain shares of the runs")
         if key == "stage":
             chosen = value.strip()
         elif key.partition(".")[0] in SHORT:

@@ -544,7 +544,7 @@ def _finish(
         for name, c in {**outside, **({"base": checkpoint} if checkpoint is not None else {})}.items()
     }
     work.errors += check.broken(draft, facts, made.num_devices() if made is not None else None)
-    work.errors += [*law_checks.too_costly(draft), *law_checks.unfittable(draft)]
+    work.errors += [*law_checks.too_costly(draft), *law_checks.unfittable(draft), *law_checks.wrong_table(draft)]
     with work.catching():
         check_memory(draft, machine.devices())
     work.stop_if_wrong()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cpt.base.errors import PlanError, UsageError
+from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.base.units import show_count
 from cpt.config.law_grid import ONE_LENGTH
 from cpt.plan.budget import proxy_cost
@@ -70,6 +70,20 @@ def unfittable(plan: RunPlan) -> Iterator[PlanError]:
                 f"`~stages.{name}.every` measures at the end only" if many else hint,
                 f"`stages.{name}.law=auto` takes a law that can",
             )
+
+
+def wrong_table(plan: RunPlan) -> Iterator[CptError]:
+    """Tables of finished runs that a law could not be fitted to, or that do not answer what is asked of it."""
+    from cpt.stages.law import options_of
+    from cpt.stages.law_work import given_table
+
+    for name, stage in plan.stages.items():
+        if stage.kind != "law" or stage.options.get("data") is None:
+            continue
+        try:
+            given_table(options_of(plan, name))
+        except CptError as error:
+            yield type(error)(f"`stages.{name}.data`: {error.message}", *error.hints)
 
 
 def _measured(plan: RunPlan, law: StagePlan) -> Iterator[dict[str, Any]]:

@@ -159,7 +159,7 @@ def _refuse_replay(name: str, stages: Mapping[str, Mapping[str, Any]], law: str,
     if not twice:
         return
     shown = share.text if isinstance(share, LawValue) else f"{100 * share:g} %"
-    hints = [f"`stages.{name}.replay=null` trains on the law's mixture"]
+    hints = [f"`stages.{name}.replay.share=0` trains on the law's mixture"]
     if not grid.several and grid.domain:
         shares = ", ".join(f"{source}: {share:.4g}" for source, share in grid.domain.items())
         hints.append(

@@ -223,7 +223,7 @@ def _stage(section: Section, value: Mapping[str, Any], path: Path_, reading: Rea
     keys |= options
     found = {}
     for name, below in value.items():
-        if name in keys and below is not None:
+        if name in keys and (below is not None or (kind, name) == ("law", "tolerance")):  # null there is no limit
             found[name] = _node(keys[name], below, (*path, name), reading)
         elif name in section.keys and name not in keys:
             takes = ", ".join(f"`{k}`" for k in keys)

@@ -217,11 +217,11 @@ def _law_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
         what = "weight averages" if options["how"] == "merge" else "mixtures"
         runs += f"{len(options['mixtures'])} {what} of {len({**options['domain'], **options['general']})} sources"
     runs += f"; measured every {show.show_count(options['every'])} tokens" if options["how"] == "runs" else ""
-    limit = (
-        show.share(options["tolerance"]) if options.get("tolerance") is not None else f"{options['eps_g']} nats/token"
-    )
+    limit = f"{options['eps_g']} nats/token" if options.get("eps_g") is not None else None
+    limit = show.share(options["tolerance"]) if options.get("tolerance") is not None else limit
+    most = f"general loss at most {limit} above the base's" if limit else "no limit on the general loss"
     asked = f"{options['law']} for {options['target']}: {show.show_count(options['target_tokens'])} tokens, "
-    return [line, f"        {runs}", f"        {asked}general loss at most {limit} above the base's"]
+    return [line, f"        {runs}", f"        {asked}{most}"]
 
 
 def _short(value: object) -> str:

@@ -200,14 +200,19 @@ def _end_state(attempt: Attempt, code: int, now: bool) -> State:
     return State(status=state.FAILED, step=step, reason=str(failure["error"]), **common)
 
 
-def failure_error(attempt_dir: Path, stage: str, command: str) -> CptError:
+def failure_error(attempt_dir: Path, stage: StagePlan, command: str) -> CptError:
     """What a person sees about a failed attempt: stage, step, rank, first error, logs, and the command that goes on."""
     found = read_json(attempt_dir / "failure.json")
+    log = found.get("log") or str(attempt_dir / "logs")
+    if stage.kind == "law":  # one process that saves nothing on its way
+        told = (f"its log is `{log}`", f"`{command}` does it again")
+        error = StageFailed(f"law `{stage.name}` failed: {found['error']}", *found.get("hints", []), *told)
+        error.exit_code = int(found.get("exit_code") or FAILED)
+        return error
     where = f" after step {found['step']}" if found.get("step") else " before its first step"
     rank = f" on rank {found['rank']}" if found.get("rank") is not None else ""
-    log = found.get("log") or str(attempt_dir / "logs")
     error = StageFailed(
-        f"stage `{stage}` failed{where}{rank}: {found['error']}",
+        f"stage `{stage.name}` failed{where}{rank}: {found['error']}",
         *found.get("hints", []),
         f"the log of that rank is `{log}`, the others lie beside it",
         f"`{command}` goes on from the newest whole checkpoint",
@@ -283,7 +288,7 @@ def _main_end(job_path: Path, code: int) -> int:
     attempt = Attempt(plan, plan.stages[job.stage], job, job_path.parent, lock.Lock(folder, holder))
     code = finish(attempt, code)
     if code not in (DONE, SAVED, GUARD):
-        raise failure_error(attempt.folder, job.stage, str(folder / "launch.sh"))
+        raise failure_error(attempt.folder, attempt.stage, str(folder / "launch.sh"))
     sys.stderr.write(f"note: stage `{job.stage}`: {state.read(folder).status}\n")
     return code
 

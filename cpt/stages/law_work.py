@@ -9,6 +9,8 @@ from cpt.base.errors import DONE, UsageError
 from cpt.base.events import EventLog
 from cpt.base.files import write_atomic
 from cpt.laws.analyse import analyse
+from cpt.laws.law import LAWS
+from cpt.laws.question import asked_size
 from cpt.laws.result import Analysis, Warn
 from cpt.laws.saved import SavedLaw
 from cpt.laws.settings import Settings
@@ -19,6 +21,7 @@ from cpt.stages.law_file import of_file
 from cpt.stages.proxies import collect
 
 TABLE = "table.csv"
+CHECKED = ("dcpt", "l1", "mixing", "additive")  # laws that one loss after the other is fitted to
 TIE = 0.1  # weight averages whose losses all lie within this are not ranked [nats/token]
 
 
@@ -54,8 +57,7 @@ def fitted(plan: RunPlan, name: str, options: LawStage, run_dir: Path, log: Even
     """The law of a table of finished runs, or of what the proxies measured."""
     notes: tuple[str, ...] = ()
     if options.data is not None:
-        table = read(options.data)
-        refuse_foreign(table, options)
+        table = given_table(options)
     else:
         collected = collect(plan, name, options, run_dir)
         table, notes = collected.table, collected.notes
@@ -71,6 +73,45 @@ def fitted(plan: RunPlan, name: str, options: LawStage, run_dir: Path, log: Even
         text = "losses are of weight averages, which lie above those of runs: trust the ranking more than the values"
         saved = with_ties(dataclasses.replace(saved, warnings=(*saved.warnings, _plain(Warn("merged", text)))))
     return saved
+
+
+def given_table(options: LawStage) -> Table:
+    """The table in `data`, which the law of the stage can be fitted to as far as one sees without fitting.
+
+    Raises:
+        UsageError: it cannot be read, is about other sources, is too small, or lacks the loss that a limit is about.
+    """
+    assert options.data is not None
+    table = read(options.data)
+    refuse_foreign(table, options)
+    settings = settings_of(options, table)
+    limited = settings.tolerance is not None or settings.eps_g is not None
+    if limited and len(table.shares) == 2 and GENERAL not in table.losses:
+        raise UsageError(
+            f"a tolerance limits the general loss, and `{table.name}` has no `loss_general`",
+            "a column of that name gives it",
+        )
+    if limited and len(table.shares) == 2 and table.base_loss(GENERAL, settings.n_params) is None:
+        raise UsageError(
+            "the general loss before training is not known, so its rise cannot be limited",
+            f"a row of 0 tokens in `{table.name}` gives it",
+        )
+    try:
+        asked_size(table, settings)
+    except UsageError as error:
+        raise UsageError(error.message, "add runs of three sizes or more, or of the size of this model") from None
+    if options.law != "auto":
+        LAWS.get(options.law)
+    if options.law in CHECKED and table.shares:
+        errors = []
+        for name in table.losses:
+            try:
+                LAWS.get(options.law).for_rows(table.rows(name))
+            except UsageError as error:
+                errors.append(error)
+        if len(errors) == len(table.losses):
+            raise errors[0]
+    return table
 
 
 def settings_of(options: LawStage, table: Table) -> Settings:

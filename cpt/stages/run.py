@@ -436,7 +436,7 @@ class _Stages:
                 f"the checkpoint is kept in `{attempt.stage_dir / 'checkpoints'}`",
                 "later stages were not started",
             )
-        raise attempts.failure_error(attempt.folder, stage.name, self.again)
+        raise attempts.failure_error(attempt.folder, stage, self.again)
 
     def _mark(self, stage: StagePlan, status: str, why: str) -> None:
         """Say and note how far a stage is."""

@@ -62,6 +62,19 @@ def test_keys_of_the_law_can_be_written_in_short(project: Path) -> None:
     assert (wrong.code, "unknown key `tokns`" in wrong.err) == (2, True)
 
 
+def test_keys_that_belong_elsewhere_say_where(project: Path) -> None:
+    one = cpt("fit-law", "recipe=two", "ratio=[0,1]", "--dry-run")
+    assert (one.code, "did you mean `ratios`?" in one.err) == (2, True)
+    both = cpt("fit-law", "recipe=two", "data=runs.csv", "--dry-run")
+    assert (both.code, "`recipe=` and `data=` exclude each other" in both.err) == (2, True)
+
+
+def test_a_plan_of_proxies_of_a_few_steps_does_not_offer_to_run_them(project: Path) -> None:
+    short = cpt("fit-law", "recipe=two", "tokens=3k", "every=512", "--dry-run")
+    assert short.code == 0 and "next " not in short.out
+    assert "no command is offered: proxies of 6 steps say little; `tokens=10.2K` makes them 20 steps" in short.err
+
+
 def test_a_recipe_without_a_law_gets_one_for_its_first_stage_with_replay(project: Path) -> None:
     without_law(project)
     done = cpt("fit-law", "recipe=two", "stages.anneal.tokens=400k", "every=2k", "--dry-run")

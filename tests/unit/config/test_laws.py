@@ -252,8 +252,8 @@ def test_the_mixture_of_a_law_and_replay_of_its_sources_besides_are_refused_with
     assert isinstance(error, PlanError)
     assert "takes its mixture from the law `mix`, which has `news` in it, and replays 30 % besides" in error.message
     hints = " ".join(error.hints)
-    assert "`stages.domain.replay=null`" in hints
-    plan(project, REPLAYING, "stages.domain.replay=null")
+    assert "`stages.domain.replay.share=0`" in hints
+    plan(project, REPLAYING, "stages.domain.replay.share=0")
     ways = ["stages.domain.mixture={law: 1}", "stages.domain.replay.share='${law:mix.replay}'"]
     assert all(f"`{way}`" in hints for way in ways)
     found = plan(project, REPLAYING, *ways)
@@ -458,14 +458,46 @@ def test_a_saved_law_that_must_not_be_used_is_refused(project: Path, saved: Path
     assert any("stages.domain.mixture={" in hint for hint in error.hints)
 
 
+HEAD = "run,tokens,r_domain,loss_domain,loss_general"
+BASE_ROW = "base,0,0,3.5,2.296"
+
+
+def runs(folder: Path, rows: list[str], name: str = "runs.csv", head: str = HEAD) -> str:
+    set_m.write(folder / name, rows, head)
+    return f"stages.mix.data={name}"
+
+
+def of_one_size(noise: float = 0.002) -> list[str]:
+    return [BASE_ROW, *(line.replace(",1.8e+09,", ",") for line in set_m.lines(noise) if ",1.8e+09," in line)]
+
+
 def test_a_table_is_known_by_its_content_not_its_place(project: Path) -> None:
-    (project / "runs.csv").write_text("run,tokens,r_domain,loss_domain\n")
-    one = plan(project, "stages.mix.data=runs.csv")
+    one = plan(project, runs(project, of_one_size()))
     shutil.copy(project / "runs.csv", project / "other.csv")
     assert plan(project, "stages.mix.data=other.csv").id == one.id
-    (project / "other.csv").write_text("changed")
-    assert plan(project, "stages.mix.data=other.csv").id != one.id
+    assert plan(project, runs(project, of_one_size(0.004), "other.csv")).id != one.id
     assert not proxies(one)
+
+
+def test_a_table_that_no_law_can_come_from_is_refused_in_the_plan(project: Path) -> None:
+    whole = of_one_size()
+    cases = {
+        "runs.csv` has no rows": (runs, [], ()),
+        "general loss before training is not known": (runs, whole[1:], ()),
+        "are too few": (runs, [BASE_ROW, *(line for line in whole if "-0.2," in line or "-0.4," in line)], ()),
+        "unknown law `dcptt`": (runs, whole, ("stages.mix.law=dcptt",)),
+    }
+    for message, (write, rows, more) in cases.items():
+        error = refused(project, write(project, rows), *more)
+        assert error.message.startswith("`stages.mix.data`: ") and message in error.message
+    assert "no limit on the general loss" in plan_text(plan(project, "stages.mix.tolerance=null"), None, [])
+    sized = [BASE_ROW.replace("base,", "base,1.8e9,"), *(line for line in set_m.lines() if ",1.8e+09," in line)]
+    error = refused(project, runs(project, sized, head=set_m.HEAD))
+    assert error.message.startswith("`stages.mix.data`: ") and not any("--force" in hint for hint in error.hints)
+    three = ["1,0.2,0.3,0.5,3,3,3", "2,0.3,0.3,0.4,3.1,2.9,2", "3,0.1,0.3,0.6,3.2,2.8,2.5"]
+    runs(project, three, head="run,w_a,w_b,w_c,loss_a,loss_b,loss_c")
+    assert "is about `a`" in refused(project, "stages.mix.data=runs.csv").message
+    assert "there is no file" in refused(project, "stages.mix.data=none.csv").message
 
 
 def test_what_a_law_cannot_know_is_warned_of_before_its_proxies_run(project: Path) -> None:

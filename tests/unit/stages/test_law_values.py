@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from cpt.base.errors import UsageError
+from cpt.base.files import write_json
 from cpt.plan.types import RunPlan
 from cpt.stages import decide, law_values, parents, state
+from cpt.stages.attempt import failure_error
 from cpt.stages.state import State
 from tests.unit.stages.plans import plan, stage, train
 
@@ -79,3 +81,12 @@ def test_what_a_law_decided_is_told_with_its_interval() -> None:
     text = law_values.taken(found, "mix", values)
     assert text.startswith("law `mix`: pubmed 70.0%, web 30.0% (95 % interval of the ratio 0.65 to 0.78)")
     assert text.endswith("at 10.0B tokens, for `domain`")
+
+
+def test_a_law_that_failed_is_told_without_ranks_and_checkpoints(tmp_path: Path) -> None:
+    failure = {"rank": 0, "step": None, "kind": "error", "error": "too few rows", "hints": ["more ratios"]}
+    write_json(tmp_path / "failure.json", failure | {"exit_code": 2})
+    error = failure_error(tmp_path, looped(assumed=False).stages["mix"], "cpt run recipe=two")
+    assert (error.message, error.exit_code, error.hints[0]) == ("law `mix` failed: too few rows", 2, "more ratios")
+    assert "`cpt run recipe=two` does it again" in error.hints
+    assert not any(word in hint for word in ("rank", "checkpoint", "step") for hint in error.hints)
