@@ -15,6 +15,8 @@ Array suffixes: D draws (row 0 the fit), P parameters, R points.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +254,7 @@ class SavedLaw:
         except PermissionError:
             raise
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"`{path}` is not a saved law: {(str(error) or 'unreadable').splitlines()[0]}") from None
+            raise UsageError(f"`{path}` {_unread(error)}", "fit it again from its table") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UsageError(f"`{path}` is not a saved law", "`cpt fit-law ... out=FOLDER` writes one")
         if value.get("version") != VERSION:
@@ -269,9 +271,7 @@ class SavedLaw:
         except CptError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, ArithmeticError) as error:
-            raise UsageError(
-                f"`{path}` is damaged: {type(error).__name__} {(str(error) or '?').splitlines()[0][:200]}"
-            ) from None
+            raise UsageError(f"`{path}` is damaged: {_damage(error)}", "fit it again from its table") from None
 
     @classmethod
     def _from(cls, value: Mapping[str, Any], path: Path) -> SavedLaw:
@@ -373,3 +373,29 @@ def _value(estimate: Any) -> Any:
 
 def _named(names: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(f"`{n}`" for n in names) or "none"
+
+
+def _unread(error: Exception) -> str:
+    """Why a file cannot be read as JSON, for a person."""
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "is empty"
+        if error.pos >= len(error.doc.rstrip()) - len("fals") or error.msg.startswith("Unterminated string"):
+            return "is cut off"
+        return f"is not a saved law: line {error.lineno}, column {error.colno} is not JSON"
+    if isinstance(error, UnicodeDecodeError):
+        return "is not a saved law: it is not text"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or 'unreadable'}"
+    return "is not a saved law: it cannot be read as JSON"
+
+
+def _damage(error: Exception) -> str:
+    """What is wrong with the values of a saved law, for a person."""
+    if isinstance(error, KeyError):
+        return f"`{error.args[0] if error.args else '?'}` is missing"
+    if named := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return f"nothing is known of `{named[1]}`"
+    if named := re.search(r"missing .* arguments?: '(\w+)'", str(error)):
+        return f"`{named[1]}` is missing"
+    return "a value is not of the kind that belongs there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,12 @@ def test_measurements_that_were_changed_after_the_fit_are_noticed(path: Path) ->
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is not a saved law"),
+        ("", "is empty"),
         ("[]", "is not a saved law"),
-        ("{", "is not a saved law"),
+        ("{", "is cut off"),
         ('{"format": "cpt-law"}', "of version None"),
         ('{"format": "cpt-law", "version": 2, "cpt": "9.9"}', r"of version 2 \(cpt 9.9\), and cpt .* reads version 1"),
-        ('{"format": "cpt-law", "version": 1}', "is damaged"),
+        ('{"format": "cpt-law", "version": 1}', "is damaged: `settings` is missing"),
         ("[" * 100_000, "is not a saved law"),
     ],
 )
@@ -136,6 +137,20 @@ def test_options_that_the_law_does_not_have_are_refused_naming_both(path: Path) 
     path.write_text(json.dumps(value))
     with pytest.raises(UsageError, match=r"options `has_d`, `has_k`, `has_n`, and this version has `has_d`, `has_n`"):
         SavedLaw.load(path)
+
+
+def test_a_law_that_was_cut_off_anywhere_says_so_and_no_damage_shows_pythons_words(path: Path) -> None:
+    text = path.read_text()
+    for part in (0.1, 0.37, 0.5, 0.81, 0.999):
+        path.write_text(text[: int(part * len(text))])
+        with pytest.raises(UsageError, match="is cut off"):
+            SavedLaw.load(path)
+    for key in ("settings", "table", "targets", "values", "corpora"):
+        for wrong in (None, 3, "x", [1]):
+            path.write_text(json.dumps(json.loads(text) | {key: wrong}))
+            with pytest.raises(UsageError) as caught:
+                SavedLaw.load(path)
+            assert not re.search(r"Error|object|NoneType|__init__|argument|subscript", caught.value.message)
 
 
 def test_100_damaged_laws_are_read_or_refused_without_a_traceback(path: Path) -> None:
