@@ -53,7 +53,8 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
     best = able[0]
     alike = [f for f in able if not f.error > best.error * (1 + ALIKE)]  # all, where no errors are known
     simplest = min(alike, key=lambda f: (f.aicc, f.law))
-    return Comparison(tuple(forms), chosen or simplest.law, best.law, _why(chosen, best, simplest, able))
+    why = _why(chosen, best, simplest, able)
+    return Comparison(tuple(forms), chosen or simplest.law, best.law, why, _over([f.law for f in able], checked))
 
 
 def _forms(names: tuple[str, ...], checked: Callable[[str], Checked]) -> list[Form]:
@@ -94,6 +95,17 @@ def _error(target: str, name: str, able: Mapping[str, Checked]) -> float:
     if not by:
         return held[name].error
     return float(np.mean([np.average([m for m, _ in kind], weights=[n for _, n in kind]) for kind in by.values()]))
+
+
+def _over(names: list[str], checked: Callable[[str], Checked]) -> tuple[str, ...]:
+    """Kinds of folds that all laws share for some loss."""
+    able = {name: checked(name) for name in names}
+    found: set[str] = set()
+    for target in {t for one in able.values() for t in one}:
+        folds = [{(f.by, f.value) for f in one[target][1].folds} for one in able.values() if target in one]
+        folds = [f for f in folds if f]
+        found |= {by for by, _ in set.intersection(*folds)} if folds else set()
+    return tuple(by for by in ("ratio", "size", "tokens", "run") if by in found)
 
 
 def aicc(fit: Fit) -> float:

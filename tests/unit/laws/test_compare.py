@@ -107,3 +107,15 @@ def test_candidates_follow_the_columns() -> None:
     assert "chinchilla" in candidates(repeated) and "dcpt" not in candidates(repeated)
     several = Table.of({"w_a": [0.2, 0.5], "w_b": [0.3, 0.1], "w_c": [0.5, 0.4], "loss_a": [3.0, 2.0]})
     assert "dcpt" not in candidates(several)
+
+
+def test_the_folds_that_all_laws_share_are_named() -> None:
+    errors = Errors(1, 0.01, 0.01, 0.9)
+    ratio, tokens = Fold("ratio", "r_domain 0.5", 0.5, errors), Fold("tokens", "from 1B tokens", 1e9, errors)
+    both, one = HeldOut((ratio, tokens), {}, 0.01, 0.01, 0.01, 0.01), HeldOut((ratio,), {}, 0.01, 0.01, 0.01, 0.01)
+
+    def checked(name: str) -> Checked:
+        return {"domain": (a_fit(0.01), one if name == "l1" else both)}
+
+    found = compare(set_m(tokens=(1e9, 2e9)), "dcpt", checked)
+    assert found.over == ("ratio",)
