@@ -182,8 +182,8 @@ def _finish(ended: Result, law: str, overrides: Sequence[str], json: bool) -> in
         raise ended.error
     home = state.home(attempt.stage_dir(ended.run_dir, law))
     analysis, files = law_stage.read(home), law_stage.files(home)
-    for one in analysis.warnings:
-        warning(one.text)
+    for text in dict.fromkeys(one.text for one in analysis.warnings):  # one may be about both losses
+        warning(text)
     for reason in analysis.unfit:
         warning(f"`{analysis.law}` is unfit for use here: {reason}")
     if json:

@@ -97,4 +97,4 @@ def told(saved: SavedLaw, options: LawStage) -> dict[str, object]:
         parts += [f"{name} {100 * share:.1f} %" for name, share in (values.get("mixture") or {}).items()]
     kinds = ("extrapolation", "wide_interval", "below_turning_point", "edge", "base_of_other", "other_length")
     warned = sorted((w for w in saved.warnings if w.get("kind") in kinds), key=lambda w: not w.get("strong"))
-    return {"answer": ", ".join(parts), "doubts": [str(w["text"]) for w in warned]}
+    return {"answer": ", ".join(parts), "doubts": list(dict.fromkeys(str(w["text"]) for w in warned))}

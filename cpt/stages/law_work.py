@@ -44,9 +44,8 @@ def work(plan: RunPlan, job: Job) -> int:
         saved = fitted(plan, job.stage, options, run_dir, log)
     write_atomic(folder / TABLE, saved.table.csv())
     saved.save(folder / RESULT)
-    for warning in saved.warnings:
-        if warning.get("strong"):
-            log.write("warning", text=str(warning["text"]), step=0)
+    for text in dict.fromkeys(str(one["text"]) for one in saved.warnings if one.get("strong")):  # maybe of two losses
+        log.write("warning", text=text, step=0)
     seconds = round(log.clock() - start, 3)
     log.write("law", **summary(saved), path=str(folder / RESULT), seconds=seconds)
     log.write("stage_end", step=0, tokens=0, seconds=seconds)

@@ -91,6 +91,17 @@ def test_a_saved_law_is_used_as_it_is(made, tmp_path):
     assert again.to_json() == saved.to_json()
 
 
+def test_a_warning_about_both_losses_is_told_once(made, tmp_path, monkeypatch):
+    run, saved = made
+    warn = {"kind": "mixed", "text": "the losses cannot be compared", "target": "", "strong": True}
+    twice = dataclasses.replace(saved, warnings=({**warn, "target": "domain"}, {**warn, "target": "general"}))
+    monkeypatch.setattr(law_work, "of_file", lambda options: twice)
+    where = grid.make(tmp_path, options={"file": str(run / "stages" / "mix" / "law.json")})
+    worked(where)
+    events = read_lines(where[1] / "stages" / "mix" / "attempt_1" / "events.jsonl")
+    assert [e["text"] for e in events if e["kind"] == "warning"] == ["the losses cannot be compared"]
+
+
 def test_a_table_of_other_corpora_is_refused(tmp_path):
     table = tmp_path / "runs.csv"
     rows = "".join(f"{i},{a},{b},{1 - a - b:g},{3 - a:g},{4 - b:g},{2 + a:g}\n" for i, (a, b) in enumerate(_simplex()))
