@@ -42,7 +42,7 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
     names = candidates(table)
     if chosen is not None and chosen not in names:
         names = (chosen, *names)
-    forms = _forms(names, checked)
+    forms = _forms(names, chosen, checked)
     forms.sort(key=lambda f: (not np.isfinite(f.error), f.error if np.isfinite(f.error) else 0.0, f.law))
     able = [f for f in forms if not f.refused]
     if not able:
@@ -57,8 +57,11 @@ def compare(table: Table, chosen: str | None, checked: Callable[[str], Checked])
     return Comparison(tuple(forms), chosen or simplest.law, best.law, why, _over([f.law for f in able], checked))
 
 
-def _forms(names: tuple[str, ...], checked: Callable[[str], Checked]) -> list[Form]:
-    """Errors over the folds that every law which has any could be asked for: same rows, fair comparison."""
+def _forms(names: tuple[str, ...], chosen: str | None, checked: Callable[[str], Checked]) -> list[Form]:
+    """Errors over the folds that every law which has any could be asked for: same rows, fair comparison.
+
+    A law that fits fewer losses than another is no choice: the question may need the one that is missing.
+    """
     nan = float("nan")
     able: dict[str, Checked] = {}
     forms = []
@@ -67,6 +70,10 @@ def _forms(names: tuple[str, ...], checked: Callable[[str], Checked]) -> list[Fo
             able[name] = checked(name)
         except UsageError as error:
             forms.append(Form(name, 0, nan, {}, {}, nan, error.message))
+    targets = {target for found in able.values() for target in found}
+    for name in [n for n, found in able.items() if n != chosen and len(found) < len(targets)]:
+        missing = " and ".join(f"`{t}`" for t in sorted(targets - set(able.pop(name))))
+        forms.append(Form(name, 0, nan, {}, {}, nan, f"the losses on {missing} cannot be fitted by it"))
     for name, found in able.items():
         errors = {target: _error(target, name, able) for target in found}
         forms.append(

@@ -61,6 +61,21 @@ def test_a_law_that_cannot_be_fitted_stays_in_the_list_with_the_reason() -> None
     assert found.why == "`l1` is the only law that these rows allow"
 
 
+def test_a_law_that_fits_one_loss_of_two_is_no_choice() -> None:
+    good, better = HeldOut((), {}, 0.006, 0.006, 0.006, 0.006), HeldOut((), {}, 0.002, 0.002, 0.002, 0.002)
+
+    def checked(name: str) -> Checked:
+        if name == "cmr":
+            return {"domain": (a_fit(0.01), better)}
+        return {"domain": (a_fit(0.01), good), "general": (a_fit(0.01), good)}
+
+    found = compare(set_m(tokens=(1e9, 2e9)), None, checked)
+    assert found.chosen != "cmr" and {f.law: f.refused for f in found.forms}["cmr"].startswith(
+        "the losses on `general`"
+    )
+    assert compare(set_m(tokens=(1e9, 2e9)), "cmr", checked).chosen == "cmr"
+
+
 def test_errors_are_compared_on_the_folds_that_all_laws_have() -> None:
     folds = [
         Fold("ratio", "r_domain 0.5", 0.5, Errors(4, 0.01, 0.01, 0.9)),
