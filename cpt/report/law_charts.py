@@ -131,16 +131,20 @@ def _panels(analysis: Analysis) -> Iterator[tuple[str, str, str, Draw]]:
         of = f", {show_count(size)} parameters" if size is not None else ""
         for f in curved:
             if size is None or f.rows.n_params_R is None or _near(f.rows.n_params_R, size).any():
-                yield f"ratio-{f.name}", "ratio", f"{_loss(f)} against ratio{of}", _ratio(f, size)
+                some = _left_out(f, size)
+                yield f"ratio-{f.name}", "ratio", f"{_loss(f)} against ratio{of}{some}", _ratio(f, size)
     for f in curved:
         if f.rows.tokens_R is not None and _depends_on_tokens(f):
             size = asked_size(analysis.table, analysis.settings)
             of = f", {show_count(size)} parameters" if size is not None else ""
-            yield f"iso-{f.name}", "iso", f"{_loss(f)} over ratio and tokens{of}", _iso_ratio(analysis, f)
+            dots = "dots are measurements" if _here(f, size).any() else "nothing was measured at this size"
+            title = f"{_loss(f)} over ratio and tokens{of}; {dots}"
+            yield f"iso-{f.name}", "iso", title, _iso_ratio(analysis, f)
     for f in fits:
         if f not in curved and set(f.law.needs) == {"n_params", "tokens"}:
             yield f"tokens-{f.name}", "ratio", f"{_loss(f)} against tokens", _against_tokens(f)
-            yield f"iso-{f.name}", "iso", f"{_loss(f)} over size and tokens", _iso_size(f)
+            title = f"{_loss(f)} over size and tokens; dots are measurements"
+            yield f"iso-{f.name}", "iso", title, _iso_size(f)
     for f in fits:
         yield f"residuals-{f.name}", "residuals", f"Residuals of the {_loss(f)}", _residuals(f)
 
@@ -219,7 +223,7 @@ def _answer(analysis: Analysis, f: TargetFit) -> Draw:
 
 def _ratio(f: TargetFit, size: float | None) -> Draw:
     rows = f.rows
-    here = np.ones(len(rows), bool) if size is None or rows.n_params_R is None else _near(rows.n_params_R, size)
+    here = _here(f, size)
 
     def draw(axes: Any) -> None:
         levels = _some(rows.tokens_R[here], MOST_LEVELS) if rows.tokens_R is not None else [None]
@@ -256,7 +260,7 @@ def _iso_ratio(analysis: Analysis, f: TargetFit) -> Draw:
         x_TG, t_TG = np.meshgrid(x_G, t_G)
         loss_TG = loss_along(f, size)(_own(f, x_TG.ravel()), t_TG.ravel())[0].reshape(x_TG.shape)
         _contours(axes, x_TG, t_TG, loss_TG)
-        here = np.ones(len(rows), bool) if size is None or rows.n_params_R is None else _near(rows.n_params_R, size)
+        here = _here(f, size)
         axes.plot(_own(f, share_R[here]), tokens_R[here], ".", color=TEXT, markersize=3.5, clip_on=False)
         if answer is not None and answer.ratio is not None and answer.tokens is not None:
             axes.plot(
@@ -271,6 +275,7 @@ def _iso_ratio(analysis: Analysis, f: TargetFit) -> Draw:
             )
         axes.set_xlabel("domain share r_domain")
         _count_axis(axes, "y", "tokens")
+        _fill(axes, x_G, t_G)
 
     return draw
 
@@ -312,6 +317,7 @@ def _iso_size(f: TargetFit) -> Draw:
         axes.plot(n_params_R, tokens_R, ".", color=TEXT, markersize=3.5, clip_on=False)
         _count_axis(axes, "x", "parameters")
         _count_axis(axes, "y", "tokens")
+        _fill(axes, n_G, t_G)
 
     return draw
 
@@ -379,6 +385,28 @@ def _some(values_R: Floats | None, most: int) -> Sequence[float | None]:
     distinct = np.unique(values_R)
     wanted = np.geomspace(distinct[0], distinct[-1], min(most, len(distinct)))
     return sorted({float(distinct[np.abs(np.log(distinct / w)).argmin()]) for w in wanted})
+
+
+def _here(f: TargetFit, size: float | None) -> Any:
+    """The rows of one model size; all without a size."""
+    rows = f.rows
+    return np.ones(len(rows), bool) if size is None or rows.n_params_R is None else _near(rows.n_params_R, size)
+
+
+def _left_out(f: TargetFit, size: float | None) -> str:
+    """That a picture over ratios shows some token counts only; empty when it shows all."""
+    if f.rows.tokens_R is None:
+        return ""
+    tokens_R = f.rows.tokens_R[_here(f, size)]
+    shown, all_of_them = len(_some(tokens_R, MOST_LEVELS)), len(np.unique(tokens_R))
+    return f"; {shown} of {all_of_them} token counts are shown" if shown < all_of_them else ""
+
+
+def _fill(axes: Any, x_G: Floats, y_G: Floats) -> None:
+    """No empty band around what is filled."""
+    for which, grid in (("x", x_G), ("y", y_G)):
+        if grid[0] < grid[-1]:
+            getattr(axes, f"set_{which}lim")(grid[0], grid[-1])
 
 
 def _near(values_R: Floats, value: float) -> Any:

@@ -37,7 +37,7 @@ CAPTIONS = {
     "answer": "Line and band: the law with its 95 % interval. Orange: the recommended share with its interval. Grey: "
     "nothing was measured there.",
     "ratio": "Marks are measurements, lines the law, bands its 95 % interval.",
-    "iso": "Along a line the loss is the same [nats/token]. Dots are measurements, a star is the recommendation.",
+    "iso": "Along a line the loss is the same [nats/token]; a star is the recommendation.",
     "residuals": "Marks in a second colour lie more than five times the usual distance from the law.",
 }
 

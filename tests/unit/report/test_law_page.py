@@ -152,6 +152,18 @@ def test_names_from_files_are_text_and_nothing_else(found: Analysis, tmp_path: P
             assert "script" not in tags and "img" not in tags
 
 
+def test_pictures_say_when_token_counts_are_left_out_and_when_there_are_no_dots(found: Analysis) -> None:
+    counts = tuple(float(10 ** (9 + i / 5)) for i in range(9))
+    given = columns(ratios=(0.1, 0.3, 0.6, 0.9), sizes=(5e8, 1.8e9, 4e9), tokens=counts)
+    settings = Settings(n_params=1e9, bootstrap=0, compare=False)
+    titles = [p.title for p in law_charts.pictures(analyse(Table.of(given, name="runs.csv"), "dcpt", settings))]
+    assert any(f"{law_charts.MOST_LEVELS} of 9 token counts are shown" in title for title in titles)
+    assert any("nothing was measured at this size" in title for title in titles)
+    usual = [p.title for p in law_charts.pictures(found)]
+    assert not any("are shown" in title for title in usual)
+    assert any("dots are measurements" in title for title in usual)
+
+
 def test_a_law_of_size_and_tokens_is_drawn_over_both(tmp_path: Path) -> None:
     rows = {"n_params": [], "tokens": [], "loss": []}
     for n in (1e8, 3e8, 1e9, 3e9):
@@ -161,5 +173,9 @@ def test_a_law_of_size_and_tokens_is_drawn_over_both(tmp_path: Path) -> None:
             rows["loss"].append(1.8 + 400 / n**0.34 + 2000 / d**0.37)
     told = analyse(Table.of(rows), "chinchilla", Settings(bootstrap=0, compare=False))
     titles = [p.title for p in law_charts.pictures(told)]
-    assert titles == ["loss against tokens", "loss over size and tokens", "Residuals of the loss"]
+    assert titles == [
+        "loss against tokens",
+        "loss over size and tokens; dots are measurements",
+        "Residuals of the loss",
+    ]
     assert "There is none: the table has no column of ratios" in text_of(law_page.write(told, tmp_path))
