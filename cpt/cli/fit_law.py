@@ -89,7 +89,7 @@ def command(
 
     With `recipe=NAME` the small runs of the recipe's law stage are done first (or, if it has none, of one for its first
     stage with domain and general sources); the same command goes on after a stop. Keys of a law stage can then be
-    written in short, `tokens=30M ratios=[0,0.5,1]`; all others are keys of the recipe.
+    written in short, `tokens=30M ratios=[0,0.25,0.5,1]`; all others are keys of the recipe.
     """
     texts = list(overrides or [])
     if any(one.strip().startswith("recipe=") for one in texts):
