@@ -261,7 +261,8 @@ def _iso_ratio(analysis: Analysis, f: TargetFit) -> Draw:
         loss_TG = loss_along(f, size)(_own(f, x_TG.ravel()), t_TG.ravel())[0].reshape(x_TG.shape)
         _contours(axes, x_TG, t_TG, loss_TG)
         here = _here(f, size)
-        axes.plot(_own(f, share_R[here]), tokens_R[here], ".", color=TEXT, markersize=3.5, clip_on=False)
+        if here.any():  # a line without points would claim room below the axes
+            axes.plot(_own(f, share_R[here]), tokens_R[here], ".", color=TEXT, markersize=3.5, clip_on=False)
         if answer is not None and answer.ratio is not None and answer.tokens is not None:
             axes.plot(
                 [answer.ratio.value],
