@@ -19,9 +19,8 @@ def asked_again(saved: SavedLaw, settings: Settings) -> SavedLaw:
     Raises:
         UsageError: the question is about a size that the law says nothing about, or lacks a loss.
     """
-    size = question.asked_size(saved.table, settings)
-    table = saved.table.with_base(settings.base_for(size))
-    tokens = question.asked_tokens(table, settings)
+    table = saved.table.with_base(settings.base_losses)
+    size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
     targets: Any = {
         name: dataclasses.replace(
             target,
