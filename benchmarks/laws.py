@@ -1,4 +1,4 @@
-"""Every figure that the laws must reproduce: target, ours, time (specs/mixture-laws.md, sections 8 and 9).
+"""Every figure that the laws must reproduce: target, ours, time: published tables, and worked examples of each law.
 
     python -m benchmarks.laws [ID ...] [--json]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.laws_recovery [--draws 100] [--resamples 200] [--json]
 
-Each draw: 9 ratios x 3 sizes x 20 token counts of the D-CPT law of specs/mixture-laws.md section 9 (set M), every loss
+Each draw: 9 ratios x 3 sizes x 20 token counts of the D-CPT law with the constants below (set M), every loss
 times exp(noise of 0.5 %). What a person would run is run: `analyse` with both losses, resamples by run, and usage 1
 with a tolerance of 3 % for 1.8B parameters and 10B tokens, where the true answer is a domain share of 0.726071.
 

@@ -10,7 +10,7 @@ from cpt.laws.rows import Rows
 
 
 def determined(law: Law, rows: Rows, options: Mapping[str, object]) -> bool:
-    """The rows determine every parameter of the law: enough sizes, token counts, ratios and rows (spec 4.3)."""
+    """The rows determine every parameter of the law: enough sizes, token counts, ratios and rows."""
     try:
         found, _ = type(law).for_rows(rows, **options)
     except UsageError:

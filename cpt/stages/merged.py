@@ -8,7 +8,7 @@ one length, averages rank mixtures much like runs on them, at a cost that grows 
 mixtures. Their losses lie above those of runs.
 
 Source:
-    "Modular merge" ablations (methods.md 8d).
+    Na et al. 2024, "Scalable Data Ablation Approximations for Language Models through Modular Training and Merging".
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_the_number_of_threads_changes_nothing_at_all() -> None:
     assert said[0] == said[1] and '"ratio"' in said[0]
 
 
-# What a table determines (specification 4.3).
+# What a table determines.
 
 
 def test_one_size_drops_its_term_says_so_and_refuses_other_sizes() -> None:
@@ -180,7 +180,7 @@ def test_fewer_rows_than_parameters_and_three_are_refused() -> None:
         quick(few)
 
 
-# The three usages through settings (specification 9, set M).
+# The three usages through settings (set M).
 
 
 def test_usage_1_through_a_fitted_table() -> None:
