@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import sys
@@ -24,7 +25,10 @@ def meet() -> None:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    os.environ.setdefault(
+        "GLOO_SOCKET_IFNAME", "lo"
+    )  # as `engine.distributed` does: the name of a host may lead nowhere
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     value = torch.ones(1) * rank()
     dist.all_reduce(value)
     print("sum", int(value), "threads", torch.get_num_threads(), flush=True)
