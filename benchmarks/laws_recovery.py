@@ -2,7 +2,7 @@
 
     python -m benchmarks.laws_recovery [--draws 100] [--resamples 200] [--json]
 
-Each draw: 9 ratios x 3 sizes x 20 token counts of the D-CPT law with the constants below (set M), every loss
+Each draw: 9 ratios x 3 sizes x 20 token counts of the D-CPT law of `tests/unit/laws/set_m.py` (set M), every loss
 times exp(noise of 0.5 %). What a person would run is run: `analyse` with both losses, resamples by run, and usage 1
 with a tolerance of 3 % for 1.8B parameters and 10B tokens, where the true answer is a domain share of 0.726071.
 
@@ -28,29 +28,8 @@ from cpt.laws.dcpt import DCPT
 from cpt.laws.rows import points
 from cpt.laws.settings import Settings
 from cpt.laws.table import Table
+from tests.unit.laws.set_m import DOMAIN, GENERAL
 
-DOMAIN = {
-    "E": 1.10,
-    "A": 420,
-    "alpha": 0.36,
-    "B": 300,
-    "beta": 0.34,
-    "eta": 0.45,
-    "C": 0.28,
-    "eps": 0.08,
-    "gamma": 0.55,
-}
-GENERAL = {
-    "E": 1.75,
-    "A": 510,
-    "alpha": 0.35,
-    "B": 250,
-    "beta": 0.33,
-    "eta": 0.30,
-    "C": 0.12,
-    "eps": 0.05,
-    "gamma": 0.6,
-}
 BASE_GENERAL, TOLERANCE, N_PARAMS, TOKENS, TRUTH = 2.296, 0.03, 1.8e9, 1e10, 0.726071
 RATIOS = (0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1)
 SIZES = (0.5e9, 1.8e9, 4e9)

@@ -164,7 +164,7 @@ def _predict(
     import numpy as np
 
     from cpt.base.units import show_count
-    from cpt.laws import question
+    from cpt.laws import again, question
     from cpt.laws.recommend.answer import general_limit
     from cpt.laws.recommend.distance import distance
     from cpt.laws.result import Estimate, plain
@@ -189,7 +189,7 @@ def _predict(
         share = shares.get(name) if shares and several is None else None
         far = distance(target.rows, n_params=size, tokens=tokens, share=share, shares=several)
         lies = lies or far
-        lowest = _lowest(saved, name, size, tokens, settings)
+        lowest = again.lowest_share(saved, name, size, tokens, settings)
         warnings += _warnings(name, far.strong, far.reason, share, lowest)
     assert lies is not None
     limit = None
@@ -258,53 +258,25 @@ def _warnings(name: str, strong: tuple[str, ...], reason: str, share: float | No
     return found
 
 
-def _lowest(saved: SavedLaw, name: str, size: float | None, tokens: float | None, settings: Settings) -> float | None:
-    """Below this share the law of a loss does not hold; None for losses without a share of their own."""
-    from cpt.laws import question, shape
-
-    target = saved.targets[name]
-    probe = question.probe_of(target.law, settings)
-    if target.rows.share_R is None or len(saved.table.shares) != 2 or not question.by_ratio(target.law, probe):
-        return None
-    base = saved.table.base_loss(name, size)
-    if base is None and "base" in target.law.needs:
-        return None
-    return shape.lowest_valid_share(target.law, target.theta_DP[0], size, tokens, base, probe)
-
-
 def _recommend(saved: SavedLaw, settings: Settings, given: Mapping[str, Any], json: bool) -> int:
-    from cpt.laws import cautions, question
-    from cpt.laws.result import plain
+    from cpt.laws import again, cautions, question
     from cpt.report import law_text
 
-    table = saved.table.with_base(settings.base_losses)
-    size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
-    targets: Any = {
-        name: dataclasses.replace(
-            target,
-            base=table.base_loss(name, size),
-            lowest_share=_lowest(saved, name, size, tokens, settings),
-            probe=question.probe_of(target.law, settings),
-        )
-        for name, target in saved.targets.items()
-    }
-    answer, reason = question.recommend(table, targets, settings)
+    answer, reason, targets, table = again.answer(saved, settings)
     if answer is None:
+        size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
         return _no_answer(saved, settings, size, tokens, reason, json)
     warnings = [w.text for w in cautions.of_answer(answer, targets)]
     for text in warnings:
         warning(text)
     if json:
-        said = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer) if f.name != "ratio_D"}
         result_json(
-            plain(
-                {
-                    "law": saved.law,
-                    "verdict": saved.verdict,
-                    "recommendation": said | {"replay": answer.replay},
-                    "warnings": warnings,
-                }
-            )
+            {
+                "law": saved.law,
+                "verdict": saved.verdict,
+                "recommendation": again.said(answer),
+                "warnings": warnings,
+            }
         )
     else:
         result("\n".join(law_text.recommendation(answer, unfit=bool(saved.unfit))))

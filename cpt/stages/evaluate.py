@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cpt.base.errors import DONE, SAVED, UsageError
 from cpt.plan.types import Job, Parallel, RunPlan, StagePlan
@@ -54,62 +53,26 @@ class EvaluateStage(StageKind):
         """Measure on this rank."""
         from cpt.checkpoint import hf, native
         from cpt.data.corpus import Corpus
-        from cpt.engine import distributed, megatron
-        from cpt.engine.evaluate import validation_losses
-        from cpt.engine.signals import StopFlag
-        from cpt.stages.train import reporter, valid_sets
+        from cpt.stages.measuring import measuring
+        from cpt.stages.train import valid_sets
 
         options = cls(**plan.stages[job.stage].options)
         model = plan.model_of(plan.stages[job.stage])
         if job.parent is None or model is None:
             raise UsageError(f"stage `{job.stage}` has nothing to measure: the run starts from scratch")
-        stop = StopFlag()
-        stop.install()
         layout = Parallel(tp=options.tp, pp=options.pp, dp=options.dp)
-        rank, world_size, local_rank = distributed.place()
-        distributed.init(layout, rank, world_size, local_rank)
-        try:
-            report = reporter(
-                Path(job.run_dir) / "stages" / job.stage / f"attempt_{job.attempt}" / "events.jsonl", rank
-            )
-            start = report.clock()
-            report(
-                "stage_start",
-                stage=job.stage,
-                attempt=job.attempt,
-                step=0,
-                tokens=0,
-                steps=0,
-                world_size=world_size,
-                tp=layout.tp,
-                pp=layout.pp,
-                dp=layout.dp,
-                parent=job.parent,
-                resumed=False,
-            )
-            engine = megatron.build(model, layout, precision=options.precision, optimizer=None)
+        with measuring(job, model, layout, options.precision) as rank:
             if job.start == "hf":
-                hf.load(engine, job.parent)
+                hf.load(rank.engine, job.parent)
             else:
-                native.load(engine, job.parent, keep=("weights",))
+                native.load(rank.engine, job.parent, keep=("weights",))
             corpora = {name: Corpus.open(folder) for name, folder in job.corpora.items()}
             sources = tuple(options.sources) or tuple(plan.sources)
-            found = validation_losses(
-                engine,
-                valid_sets(corpora, sources, options.seq_length or _seq_length(plan), options.tokens, plan),
-                micro_batch_size=options.micro_batch_size,
-                dp_rank=distributed.dp_rank(),
-                stopped=stop.agreed,
-            )
-            if found is None:
-                report("stop", reason="a stop was asked for during an evaluation", step=0)
+            sets = valid_sets(corpora, sources, options.seq_length or _seq_length(plan), options.tokens, plan)
+            if not rank.measure(sets, options.micro_batch_size, step=0, tokens=0, when="end"):
                 return SAVED
-            seconds = round(report.clock() - start, 3)
-            report("eval", step=0, tokens=0, when="end", losses=found, seconds=seconds)
-            report("stage_end", step=0, tokens=0, seconds=seconds)
+            rank.end()
             return DONE
-        finally:
-            distributed.shutdown()
 
 
 def _seq_length(plan: RunPlan) -> int:

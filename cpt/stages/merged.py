@@ -62,10 +62,8 @@ class MergedStage(StageKind):
     def work(cls, plan: RunPlan, job: Job) -> int:
         """Average and measure, candidate by candidate; one `eval` event each, with its `mixture`."""
         from cpt.data.corpus import Corpus
-        from cpt.engine import distributed, megatron
-        from cpt.engine.evaluate import validation_losses
-        from cpt.engine.signals import StopFlag
-        from cpt.stages.train import reporter, valid_sets
+        from cpt.stages.measuring import measuring
+        from cpt.stages.train import valid_sets
 
         stage = plan.stages[job.stage]
         options = cls(**stage.options)
@@ -76,62 +74,19 @@ class MergedStage(StageKind):
                     raise UsageError(f"no proxy of `{stage.group}` is trained on `{source}` alone")
         model = plan.model_of(stage)
         assert model is not None
-        stop = StopFlag()
-        stop.install()
-        layout = Parallel()
-        rank, world_size, local_rank = distributed.place()
-        distributed.init(layout, rank, world_size, local_rank)
-        try:
-            report = reporter(
-                Path(job.run_dir) / "stages" / job.stage / f"attempt_{job.attempt}" / "events.jsonl", rank
-            )
-            start = report.clock()
-            trained = [plan.stages[name].train for name, _ in members.values()]
-            tokens = max(train.tokens for train in trained if train is not None)
-            seq_length = options.seq_length or max(train.seq_length for train in trained if train is not None)
-            report(
-                "stage_start",
-                stage=job.stage,
-                attempt=job.attempt,
-                step=0,
-                tokens=0,
-                steps=0,
-                world_size=world_size,
-                tp=1,
-                pp=1,
-                dp=1,
-                parent=job.parent,
-                resumed=False,
-            )
-            engine = megatron.build(model, layout, precision=options.precision, optimizer=None)
+        trained = [train for name, _ in members.values() if (train := plan.stages[name].train) is not None]
+        tokens = max(train.tokens for train in trained)
+        seq_length = options.seq_length or max(train.seq_length for train in trained)
+        with measuring(job, model, Parallel(), options.precision) as rank:
             corpora = {name: Corpus.open(folder) for name, folder in job.corpora.items()}
             sets = valid_sets(corpora, tuple(options.sources) or tuple(plan.sources), seq_length, options.tokens, plan)
             for number, mixture in enumerate(options.mixtures, 1):
-                begun = report.clock()
-                Average([Member(members[s][1], share) for s, share in mixture.items() if share > 0]).load(engine)
-                found = validation_losses(
-                    engine,
-                    sets,
-                    micro_batch_size=options.micro_batch_size,
-                    dp_rank=distributed.dp_rank(),
-                    stopped=stop.agreed,
-                )
-                if found is None:
-                    report("stop", reason="a stop was asked for during an evaluation", step=0)
+                Average([Member(members[s][1], share) for s, share in mixture.items() if share > 0]).load(rank.engine)
+                fields = {"step": number, "tokens": tokens, "when": "during", "mixture": dict(mixture)}
+                if not rank.measure(sets, options.micro_batch_size, **fields):
                     return SAVED
-                report(
-                    "eval",
-                    step=number,
-                    tokens=tokens,
-                    when="during",
-                    mixture=dict(mixture),
-                    losses=found,
-                    seconds=round(report.clock() - begun, 3),
-                )
-            report("stage_end", step=0, tokens=0, seconds=round(report.clock() - start, 3))
+            rank.end()
             return DONE
-        finally:
-            distributed.shutdown()
 
 
 def members_of(plan: RunPlan, stage: StagePlan, run_dir: Path) -> dict[str, tuple[str, Path]]:

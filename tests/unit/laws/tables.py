@@ -9,9 +9,8 @@ import numpy as np
 from cpt.laws.dcpt import DCPT
 from cpt.laws.rows import Floats, points
 from cpt.laws.table import Table
+from tests.unit.laws.set_m import DOMAIN, GENERAL
 
-DOMAIN = dict(E=1.10, A=420, alpha=0.36, B=300, beta=0.34, eta=0.45, C=0.28, eps=0.08, gamma=0.55)
-GENERAL = dict(E=1.75, A=510, alpha=0.35, B=250, beta=0.33, eta=0.30, C=0.12, eps=0.05, gamma=0.60)
 BASE_GENERAL = 2.296
 RATIOS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 SIZES = (5e8, 1.8e9, 4e9)

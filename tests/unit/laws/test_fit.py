@@ -17,9 +17,7 @@ from cpt.laws.fit import Fit, fit, huber, refit
 from cpt.laws.law import Law
 from cpt.laws.rows import Rows, points, rows
 from tests.shared import shared_data
-
-DOMAIN = dict(E=1.10, A=420, alpha=0.36, B=300, beta=0.34, eta=0.45, C=0.28, eps=0.08, gamma=0.55)
-GENERAL = dict(E=1.75, A=510, alpha=0.35, B=250, beta=0.33, eta=0.30, C=0.12, eps=0.05, gamma=0.60)
+from tests.unit.laws.set_m import DOMAIN, GENERAL
 
 
 def table(name: str, **at_least: float) -> dict[str, np.ndarray]:

@@ -7,31 +7,10 @@ import numpy as np
 from cpt.laws.dcpt import DCPT
 from cpt.laws.recommend.answer import Loss
 from cpt.laws.rows import Floats, points
+from tests.unit.laws.set_m import DOMAIN, GENERAL
 
 N, D = 1.8e9, 1e10
 LAW = DCPT()
-DOMAIN = {
-    "E": 1.10,
-    "A": 420,
-    "alpha": 0.36,
-    "B": 300,
-    "beta": 0.34,
-    "eta": 0.45,
-    "C": 0.28,
-    "eps": 0.08,
-    "gamma": 0.55,
-}
-GENERAL = {
-    "E": 1.75,
-    "A": 510,
-    "alpha": 0.35,
-    "B": 250,
-    "beta": 0.33,
-    "eta": 0.30,
-    "C": 0.12,
-    "eps": 0.05,
-    "gamma": 0.60,
-}
 BASE = {"M": 2.296, "T": 2.503}
 
 
