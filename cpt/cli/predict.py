@@ -74,9 +74,6 @@ def command(
     given = keys.parse(list(overrides or []), KINDS, FAMILIES, "cpt predict")
     saved = SavedLaw.load(_file(law))
     settings = _settings(saved, given, force)
-    if not saved.settings.base_for(settings.base_n_params):
-        table = saved.table.without_base(saved.settings.base_losses)
-        saved = dataclasses.replace(saved, table=table)
     shares = _shares(saved, given)
     for reason in saved.unfit:
         warning(f"the law is unfit for use: {reason}")
@@ -102,31 +99,36 @@ def _file(law: str) -> Path:
 
 def _settings(saved: SavedLaw, given: Mapping[str, Any], force: bool) -> Settings:
     """The questions that the law was fitted with, with those of the command in their place."""
+    from cpt.laws import question
+
     changed: dict[str, Any] = {k: v for k, v in given.items() if k not in _POINT and not k.startswith("base_")}
     if "tolerance" in changed or "eps_g" in changed:
         changed = {"tolerance": None, "eps_g": None} | changed
     if any(key in given for key in _QUESTION):
         kept = {key: None for key in ("domain_tokens", "compute", "budget", "ratio") if key not in given}
         changed = kept | changed
-    given_now = keys.family(given, "base_")
-    size = given.get("n_params", saved.settings.base_n_params)
-    base = {**_base_of_size(saved, size, given_now), **given_now}
-    return dataclasses.replace(saved.settings, **changed, base_losses=base, base_n_params=size, force=force)
+    if base := keys.family(given, "base_"):
+        changed |= {"base_losses": base}
+    settings = dataclasses.replace(saved.settings, **changed, force=force)
+    size = question.asked_size(saved.table, settings)
+    if base:
+        return dataclasses.replace(settings, base_n_params=size)
+    _warn_of_base(saved, size)
+    return settings
 
 
-def _base_of_size(saved: SavedLaw, size: float | None, given: Mapping[str, float]) -> Mapping[str, float]:
-    """The losses before training that were given with the fit, unless another size is asked about now."""
+def _warn_of_base(saved: SavedLaw, size: float | None) -> None:
+    """Say when the losses before training that were given with the fit are of another size than is asked about."""
     from cpt.base.units import show_count
 
-    kept = saved.settings.base_for(size)
-    lost = [f"`base_{name}=`" for name in saved.settings.base_losses if name not in kept and name not in given]
     of = saved.settings.base_n_params
+    lost = [name for name in saved.settings.base_losses if saved.table.base_loss(name, size) is None]
     if lost and size is not None and of is not None:
+        keys_of = " and ".join(f"`base_{name}=`" for name in lost)
         warning(
             f"the losses before training were given for {show_count(of)} parameters and are not used for "
-            f"{show_count(size)}; {' and '.join(lost)} gives them"
+            f"{show_count(size)}; {keys_of} gives them"
         )
-    return kept
 
 
 def _shares(saved: SavedLaw, given: Mapping[str, Any]) -> dict[str, float] | None:
@@ -171,7 +173,7 @@ def _predict(
     from cpt.laws.table import GENERAL
     from cpt.report import law_text
 
-    table = saved.table.with_base(settings.base_losses)
+    table = saved.table.with_base(settings.base_losses, settings.base_n_params)
     size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
     losses: dict[str, Estimate] = {}
     base = {}

@@ -23,7 +23,7 @@ def answer(saved: SavedLaw, settings: Settings) -> tuple[Recommendation | None, 
     Raises:
         UsageError: the question is about a size that the law says nothing about, or lacks a loss.
     """
-    table = saved.table.with_base(settings.base_losses)
+    table = saved.table.with_base(settings.base_losses, settings.base_n_params)
     size, tokens = question.asked_size(table, settings), question.asked_tokens(table, settings)
     targets: Any = {
         name: dataclasses.replace(

@@ -39,10 +39,10 @@ def analyse(table: Table, law_name: str, settings: Settings | None = None) -> An
         settings = replace(settings, options=read_options(LAWS.get(law_name), settings.options))
     elif settings.options:
         raise UsageError("`options.` are those of one law, and `law=auto` chooses among several")
-    table = table.with_base(settings.base_losses)
     size = question.asked_size(table, settings)
     if settings.base_losses:
         settings = replace(settings, base_n_params=size)
+        table = table.with_base(settings.base_losses, size)
     work = _Work(table, settings, None if law_name == AUTO else law_name)
     comparison: Comparison | None = None
     if law_name == AUTO or settings.compare:

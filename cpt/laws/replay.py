@@ -84,6 +84,11 @@ class Replay(Law):
         """
         if rows.base_R is None:
             raise UsageError("law `replay` needs the general loss before training", "give it as `base_general=`")
+        if not np.isfinite(rows.base_R).all():
+            raise UsageError(
+                "law `replay` needs the general loss before training of every model size",
+                "rows with 0 tokens give it; `base_general=` is that of the size that is asked about",
+            )
         if rows.share_R is None or len(np.unique(rows.share_R)) < 3:
             raise UsageError("law `replay` needs at least three different replay shares")
         notes = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cpt.base.errors import UsageError
-from cpt.laws.table import SAME_SIZE
 
 SCALES = ("log", "linear")
 
@@ -69,12 +68,6 @@ class Settings:
     force: bool = False
     decaying_lr: bool = False
     options: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-
-    def base_for(self, n_params: float | None) -> Mapping[str, float]:
-        """`base_losses` when they are of a model of this size, else none."""
-        of = self.base_n_params
-        same = of is None or n_params is None or abs(n_params / of - 1) <= SAME_SIZE
-        return self.base_losses if same else {}
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and self.eps_g is not None:

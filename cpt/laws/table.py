@@ -173,17 +173,24 @@ class Table:
             known = [b for b in known if b.n_params is None]
         return known[0].losses[target] if len(known) == 1 else None
 
-    def with_base(self, losses: Mapping[str, float]) -> Table:
-        """The table with losses of the base model that were given beside it; they hold for every size."""
+    def with_base(self, losses: Mapping[str, float], n_params: float | None = None) -> Table:
+        """The table with losses of the base model of a size, which go before those that it has of that size.
+
+        Args:
+            n_params: whose losses they are [parameters]; of no use when the table has no sizes.
+        """
         if not losses:
             return self
-        kept = [Base(b.n_params, {k: v for k, v in b.losses.items() if k not in losses}) for b in self.base]
-        return replace(self, base=(*(b for b in kept if b.losses), Base(None, dict(losses))))
+        size = n_params if self.n_params is not None else None
 
-    def without_base(self, losses: Mapping[str, float]) -> Table:
-        """The table without losses of the base model that `with_base` added."""
-        given = {corpus: float(loss) for corpus, loss in losses.items()}
-        return replace(self, base=tuple(b for b in self.base if b.n_params is not None or dict(b.losses) != given))
+        def same(other: float | None) -> bool:
+            return other is None or size is None or abs(other / size - 1) <= SAME_SIZE
+
+        kept = [
+            Base(b.n_params, {k: v for k, v in b.losses.items() if k not in losses or not same(b.n_params)})
+            for b in self.base
+        ]
+        return replace(self, base=(*(b for b in kept if b.losses), Base(size, dict(losses))))
 
     def records(self, base: bool = True) -> list[dict[str, Any]]:
         """All rows as plain values by quantity, with `base` the base models first as rows with 0 tokens."""

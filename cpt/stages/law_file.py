@@ -43,33 +43,33 @@ def for_target(saved: SavedLaw, options: LawStage) -> SavedLaw:
         settings = dataclasses.replace(settings, tolerance=tolerance, eps_g=options.eps_g)
     if settings == saved.settings:
         return saved
+    foreign = []
+    if GENERAL in settings.base_losses and saved.table.base_loss(GENERAL, size) is None and before is not None:
+        foreign = [
+            f"the general loss before training, {settings.base_losses[GENERAL]:g}, was given for a model of "
+            f"{show_count(before)} parameters, and `{options.target}` has {show_count(size or 0)}"
+        ]
     try:
         found = asked_again(saved, settings)
     except UsageError as error:
-        values = saved.values()
-        hints = ["a law fitted to runs of three sizes or more, or of this size, answers that"] if not same else []
-        if not same and (shares := values.get("mixture")):
-            text = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+        wanted = "a table with the losses of that model before training, as a row of 0 tokens, answers that"
+        if not foreign:
+            wanted = "a law fitted to runs of three sizes or more, or of this size, answers that"
+        hints = [wanted] if not same else []
+        if not same and (shares := saved.values().get("mixture")):
+            says = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
             at = f" of {show_count(before)} parameters" if before is not None else ""
-            hints.append(f"for a model{at} it says {text}: written as the stage's `mixture` it is yours to answer for")
+            hints.append(f"for a model{at} it says {says}: written as the stage's `mixture` it is yours to answer for")
         what = f"the law cannot be asked for stage `{options.target}`: {error.message}"
-        raise PlanError(what, *(hints or error.hints)) from None
-    text = ""
-    if not same and GENERAL in settings.base_losses and before is not None:
-        text = (
-            f"the general loss before training, {settings.base_losses[GENERAL]:g}, was given for a model of "
-            f"{show_count(before)} parameters, and `{options.target}` has {show_count(size or 0)}"
-        )
+        raise PlanError(what, *foreign, *(hints or error.hints)) from None
     if found.recommendation is None and saved.recommendation is not None:
         at = f" and {show_count(size)} parameters" if size is not None else ""
         raise PlanError(
             f"the law has no answer for `{options.target}`, of {show_count(options.target_tokens)} tokens{at}: "
             f"{found.no_recommendation}",
-            *([text] if text else []),
+            *foreign,
             "fit it on runs that are more like this stage, or give the stage's `mixture` by hand",
         )
-    if text:
-        found = dataclasses.replace(found, warnings=(*found.warnings, plain(Warn("base_of_other", text, strong=True))))
     length = found.values().get("tokens")
     if length and options.target_tokens and abs(length - options.target_tokens) > 0.01 * options.target_tokens:
         text = (
@@ -95,6 +95,6 @@ def told(saved: SavedLaw, options: LawStage) -> dict[str, object]:
         parts.append(share + between)
     else:
         parts += [f"{name} {100 * share:.1f} %" for name, share in (values.get("mixture") or {}).items()]
-    kinds = ("extrapolation", "wide_interval", "below_turning_point", "edge", "base_of_other", "other_length")
+    kinds = ("extrapolation", "wide_interval", "below_turning_point", "edge", "other_length")
     warned = sorted((w for w in saved.warnings if w.get("kind") in kinds), key=lambda w: not w.get("strong"))
     return {"answer": ", ".join(parts), "doubts": list(dict.fromkeys(str(w["text"]) for w in warned))}

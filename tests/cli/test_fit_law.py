@@ -200,7 +200,8 @@ def test_nothing_is_written_without_out(runs: Path) -> None:
 
 @pytest.mark.parametrize("law", ["dcpt", "l1", "mixing", "chinchilla", "cmr", "replay"])
 def test_laws_of_two_corpora_go_by_their_names(law: str, runs: Path) -> None:
-    one = {"mixing": ["where=n_params==1.8B and tokens==10B"], "cmr": ["where=n_params==1.8B"]}.get(law, [])
+    size = ["where=n_params==1.8B"]
+    one = {"mixing": ["where=n_params==1.8B and tokens==10B"], "cmr": size, "replay": size}.get(law, [])
     ended = cpt("fit-law", "data=runs.csv", f"law={law}", "base_general=2.3", "base_domain=2.9", *one, *FAST)
     assert ended.code == 0 and ended.out.startswith(f"law      {law}: "), ended.err
 

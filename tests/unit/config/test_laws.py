@@ -25,7 +25,7 @@ from cpt.plan.types import RunPlan, StagePlan, Train
 from cpt.report.plan_text import plan_text
 from cpt.stages import law_values
 from cpt.stages.law import LawStage
-from cpt.stages.law_file import for_target, told
+from cpt.stages.law_file import for_target
 from tests.command import write_base, write_corpus, write_project
 from tests.unit.laws import set_m
 
@@ -423,17 +423,22 @@ def test_a_saved_law_is_used_at_once_and_asked_for_the_stage_that_it_is_for(proj
 def test_a_saved_law_is_asked_for_the_size_of_its_target(saved: Path) -> None:
     law = SavedLaw.load(saved)
     stage = LawStage(target="domain", target_params=4 * 10**9, target_tokens=10**10, tolerance=None)
-    values = for_target(law, stage).values()
+    with pytest.raises(
+        PlanError, match=r"the general loss before training is not known for a model of 4\.00B"
+    ) as lacks:
+        for_target(law, stage)
+    assert "2.296, was given for a model of 1.80B parameters, and `domain` has 4.00B" in lacks.value.hints[0]
+    assert "a row of 0 tokens" in lacks.value.hints[1]
+    known = dataclasses.replace(law, table=law.table.with_base({"general": 2.2}, 4e9))
+    values = for_target(known, stage).values()
     assert values["n_params"] == 4e9 and values["ratio"] != law.values()["ratio"]
-    doubts = told(for_target(law, stage), dataclasses.replace(stage, file="law.json"))["doubts"]
-    assert "2.296, was given for a model of 1.80B parameters, and `domain` has 4.00B" in str(doubts)
     same = for_target(law, dataclasses.replace(stage, target_params=18 * 10**8))
     assert same.values() == law.values() and same.warnings == law.warnings
 
 
 def test_a_saved_law_without_an_answer_for_the_target_is_refused(project: Path, saved: Path) -> None:
     error = refused(project, f"stages.mix.file={saved}")
-    assert "`stages.mix.file`: the law has no answer for `domain`, of 2.00M tokens and" in error.message
+    assert "`stages.mix.file`: the law cannot be asked for stage `domain`: the general loss before" in error.message
     assert "2.296, was given for a model of 1.80B parameters" in error.hints[0]
 
 

@@ -90,9 +90,9 @@ def test_an_unfit_law_gives_no_values_and_marks_its_answer(analysis: Analysis, t
 
 
 def test_the_size_of_base_losses_that_were_given_is_kept(analysis: Analysis, path: Path) -> None:
-    settings = SavedLaw.load(path).settings
-    assert settings.base_n_params == 1.8e9
-    assert settings.base_for(1.801e9) == {"general": 2.296} and settings.base_for(7e10) == {}
+    saved = SavedLaw.load(path)
+    assert saved.settings.base_n_params == 1.8e9
+    assert saved.table.base_loss("general", 1.801e9) == 2.296 and saved.table.base_loss("general", 7e10) is None
 
 
 def test_the_headline_and_what_it_is_made_of_stand_in_the_text(analysis: Analysis) -> None:

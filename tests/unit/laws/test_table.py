@@ -155,8 +155,9 @@ def test_rows_before_training_are_the_base(tmp_path: Path) -> None:
     assert found.base_loss("general", 5e9) is None and found.base_loss("general") is None
     assert found.rows("general").base_R.tolist() == [1.9, 1.9, 1.9, 1.9, 1.8, 1.8]  # type: ignore[union-attr]
     assert len(found) == 6
-    flagged = found.with_base({"general": 2.0})
-    assert flagged.base_loss("general", 5e9) == 2.0 and flagged.base_loss("domain", 2e9) == 2.7
+    flagged = found.with_base({"general": 2.0}, 2e9)
+    assert flagged.base_loss("general", 2e9) == 2.0 and flagged.base_loss("domain", 2e9) == 2.7
+    assert flagged.base_loss("general", 1e9) == 1.9 and flagged.base_loss("general", 5e9) is None
 
 
 def test_every_run_may_begin_with_the_base(tmp_path: Path) -> None:
