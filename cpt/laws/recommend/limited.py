@@ -78,7 +78,8 @@ def limited(
 
     within = general_along if limit is not None else None
     full = None if max_tokens is None else domain_tokens * max_epochs / max_tokens  # all data read, all tokens spent
-    found = best_share(domain_along, within, limit if limit is not None else np.inf, low, 1.0, full)
+    most = limit if limit is not None else np.inf
+    found = best_share(domain_along, within, most, low, 1.0, full, same_tokens=False)
     share = float(found.share_D[0])
     at = np.array([share])
     seen_there = float(seen(at)[0])

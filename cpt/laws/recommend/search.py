@@ -77,7 +77,14 @@ def without_rise(loss_DG: Floats, share_G: Floats) -> tuple[Floats, Floats]:
 
 
 def best_share(
-    objective: Along, general: Along | None, limit: float, low: float, high: float, kink: float | None = None
+    objective: Along,
+    general: Along | None,
+    limit: float,
+    low: float,
+    high: float,
+    kink: float | None = None,
+    *,
+    same_tokens: bool = True,
 ) -> Found:
     """The share of each draw with the lowest objective within the limit on the general loss.
 
@@ -87,11 +94,16 @@ def best_share(
         limit: highest general loss that is allowed [nats/token].
         low, high: ends of the search.
         kink: a share at which the objective may have a corner, where neither parabolas nor derivatives help.
+        same_tokens: whether all runs are equally long. Where smaller shares make longer runs, a rise of the
+            objective next to the smallest share is their length, not a fault of the law, and stays.
     """
     share_G = grid(low, high)
     if kink is not None and low < kink < high:
         share_G = np.unique(np.append(share_G, kink))
-    objective_DG, floor_D = without_rise(ask(objective, share_G), share_G)
+    objective_DG = ask(objective, share_G)
+    floor_D = np.zeros(len(objective_DG))
+    if same_tokens:
+        objective_DG, floor_D = without_rise(objective_DG, share_G)
     if general is None:
         general_DG, ceiling_D = np.zeros_like(objective_DG), np.full(len(objective_DG), np.inf)
         limit = 0.0
