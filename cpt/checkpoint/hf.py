@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, write_json
 from cpt.checkpoint import mapping
+from cpt.checkpoint.arrays import Tensor, crop
 from cpt.checkpoint.hf_config import config_for, parse, read_config, source_dtype, write_config
 from cpt.checkpoint.safetensors_files import INDEX, Place, read_headers
 from cpt.plan.types import ModelConfig
@@ -57,12 +58,12 @@ def load(engine: Engine, folder: str | os.PathLike[str]) -> None:
 
     places = read_headers(folder)
     check(places, engine.model)
-    recipes = mapping.recipes(engine.model)
+    fused = mapping.megatron_tensors(engine.model)
     try:
         with _Files(places) as files:
             _check_tied(files, places, engine.model)
             for weight in weights.walk(engine):
-                _fill(weight, recipes[weight.name], files)
+                _fill(weight, fused[weight.name].tensor, files)
     except SafetensorError as error:
         raise UsageError(f"`{folder}` cannot be read: {error}") from None
     megatron.refresh_main_weights(engine)
@@ -74,7 +75,7 @@ def check(places: Mapping[str, Place], model: ModelConfig) -> None:
     Raises:
         UsageError: all differences together.
     """
-    wanted = mapping.hf_shapes(model)
+    wanted = {name: tensor.shape for name, tensor in mapping.hf_tensors(model).items()}
     problems = []
     for name, shape in wanted.items():
         if name not in places:
@@ -85,9 +86,9 @@ def check(places: Mapping[str, Place], model: ModelConfig) -> None:
             )
         elif places[name].dtype not in _FLOATS:
             problems.append(f"tensor `{name}` has dtype `{places[name].dtype}`, wanted F32, BF16 or F16")
-    tied = _tied_names(model)
+    copy, _ = mapping.tied_copy(model) or (None, None)
     for name in places:
-        if name not in wanted and name != tied[0] and not mapping.IGNORED.fullmatch(name):
+        if name not in wanted and name != copy and not mapping.IGNORED.fullmatch(name):
             problems.append(f"no rule says what tensor `{name}` is{mapping.suggest(name, wanted)}")
     if problems:
         shown = [UsageError(p) for p in problems[1:10]]
@@ -119,42 +120,31 @@ class _Files:
         return self.open[file].get_slice(name)
 
 
-def _fill(weight: Any, recipe: mapping.Recipe, files: _Files) -> None:
+def _fill(weight: Any, whole: Tensor, files: _Files) -> None:
     """Read this rank's rows and columns of a tensor into its parameter."""
     import torch
 
+    left, right = weight.columns or (0, whole.matrix[1])
     with torch.no_grad():
         at = 0
         for start, stop in weight.rows:
-            into = at
-            for piece in mapping.intersect(recipe.pieces, start, stop):
-                source = files.slice(piece.hf)
-                if weight.columns is None:
-                    part = source[piece.start : piece.stop]
-                else:
-                    part = source[piece.start : piece.stop, weight.columns[0] : weight.columns[1]]
-                weight.param[into : into + part.shape[0]].copy_(part)
-                into += part.shape[0]
+            weight.param[at : at + stop - start].zero_()
+            for f in crop(whole.fills, start, stop - start, left, right - left):
+                source = files.slice(str(f.atom))
+                rows = slice(f.at_row, f.at_row + f.rows)
+                part = source[rows] if weight.columns is None else source[rows, left:right]
+                weight.param[at + f.row : at + f.row + f.rows].copy_(part)
             at += stop - start
-            weight.param[into:at].zero_()
-
-
-def _tied_names(model: ModelConfig) -> tuple[str | None, str | None]:
-    """Hugging Face names of output layer and embedding when the output layer may be there as a copy."""
-    if not model.tie_embeddings:
-        return None, None
-    found = {rule.key: rule.hf[0] for rule in mapping.RULES[model.family] if rule.key in mapping.TIED_COPY}
-    embedding = {rule.key: rule.hf[0] for rule in mapping.RULES[model.family]}["embedding.word_embeddings.weight"]
-    return found["output_layer.weight"], embedding
 
 
 def _check_tied(files: _Files, places: Mapping[str, Place], model: ModelConfig) -> None:
     """A tied model's file may hold the output layer again; then it must be the embedding, bit for bit."""
     import torch
 
-    copy, embedding = _tied_names(model)
-    if copy is None or embedding is None or copy not in places:
+    tied = mapping.tied_copy(model)
+    if tied is None or tied[0] not in places:
         return
+    copy, embedding = tied
     rows = max(1, 2**24 // max(1, model.hidden_size))
     for start in range(0, model.vocab_size, rows):
         a, b = files.slice(copy)[start : start + rows], files.slice(embedding)[start : start + rows]
@@ -176,39 +166,44 @@ def split(model: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> It
     """
     import torch
 
-    recipes, shapes = mapping.recipes(model), mapping.hf_shapes(model)
+    known, shapes = mapping.megatron_tensors(model), mapping.atom_shapes(model)
     left = {name: shape[0] for name, shape in shapes.items()}
     partial: dict[str, torch.Tensor] = {}
     for stacked, whole in tensors:
-        keys = mapping.place(stacked, model.num_layers)
+        keys = _layers(stacked, model.num_layers)
         for i, key in enumerate(keys):
             tensor = whole if keys == [stacked] else whole[i]
-            if key not in recipes:
-                raise UsageError(f"no rule says what tensor `{key}` is{mapping.suggest(key, recipes)}")
-            recipe = recipes[key]
-            if tuple(tensor.shape[1:]) != recipe.rest or tensor.shape[0] < recipe.rows:
+            if key not in known:
+                raise UsageError(f"no rule says what tensor `{key}` is{mapping.suggest(key, known)}")
+            wanted = known[key].tensor
+            if tuple(tensor.shape[1:]) != wanted.shape[1:] or tensor.shape[0] < wanted.shape[0]:
                 raise UsageError(
-                    f"tensor `{key}` has shape {list(tensor.shape)}, "
-                    f"the configuration says {[recipe.rows, *recipe.rest]}"
+                    f"tensor `{key}` has shape {list(tensor.shape)}, the configuration says {list(wanted.shape)}"
                 )
-            at = 0
-            for piece in recipe.pieces:
-                size = piece.stop - piece.start
-                part = tensor[at : at + size]
-                at += size
-                if size == shapes[piece.hf][0]:
-                    left[piece.hf] = 0
-                    yield piece.hf, part.contiguous()
+            for f in wanted.fills:
+                assert f.atom is not None and not f.transposed
+                part = tensor[f.row : f.row + f.rows]
+                if f.rows == shapes[f.atom][0]:
+                    left[f.atom] = 0
+                    yield f.atom, part.contiguous()
                     continue
-                if piece.hf not in partial:
-                    partial[piece.hf] = torch.empty(shapes[piece.hf], dtype=tensor.dtype)
-                partial[piece.hf][piece.start : piece.stop] = part
-                left[piece.hf] -= size
-                if left[piece.hf] == 0:
-                    yield piece.hf, partial.pop(piece.hf)
+                if f.atom not in partial:
+                    partial[f.atom] = torch.empty(shapes[f.atom], dtype=tensor.dtype)
+                partial[f.atom][f.at_row : f.at_row + f.rows] = part
+                left[f.atom] -= f.rows
+                if left[f.atom] == 0:
+                    yield f.atom, partial.pop(f.atom)
     missing = [name for name, rows in left.items() if rows]
     if missing:
         raise UsageError(f"{len(missing)} tensors are missing, the first is `{missing[0]}`")
+
+
+def _layers(key: str, num_layers: int) -> list[str]:
+    """Names with one key a layer that a checkpoint's name stands for: itself, or all layers of a stacked one."""
+    if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
+        rest = key.removeprefix("decoder.layers.")
+        return [f"decoder.layers.{i}.{rest}" for i in range(num_layers)]
+    return [key]
 
 
 def write(

@@ -24,6 +24,8 @@ class Place:
     file: Path
     dtype: str  # as safetensors spells it: F32, BF16, ...
     shape: tuple[int, ...]
+    start: int  # of the first value [bytes from the start of the file]
+    nbytes: int
 
 
 def read_headers(folder: str | os.PathLike[str]) -> dict[str, Place]:
@@ -74,11 +76,13 @@ def _read_header(path: Path) -> dict[str, Place]:
         for name, facts in header.items():
             if name == "__metadata__":
                 continue
-            stop = int(facts["data_offsets"][1])
+            start, stop = (int(n) for n in facts["data_offsets"])
             end = max(end, stop)
             if 8 + length + stop > size:
                 lost.append(name)
-            places[name] = Place(path, str(facts["dtype"]), tuple(int(n) for n in facts["shape"]))
+            places[name] = Place(
+                path, str(facts["dtype"]), tuple(int(n) for n in facts["shape"]), 8 + length + start, stop - start
+            )
     except (TypeError, KeyError, AttributeError, IndexError, ValueError):
         raise UsageError(f"`{path}` is no safetensors file: its header is not understood") from None
     if lost:

@@ -23,7 +23,7 @@ class ModelConfig:
     `hf_config` is the `config.json` that the base came with, verbatim, so that an export changes only what changed.
     """
 
-    family: str  # llama | mistral | qwen2 | qwen3 | gpt_neox
+    family: str  # a key of `checkpoint.mapping.RULES`: llama, mistral, qwen2, qwen3, gpt_neox, gpt2, mixtral, ...
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -44,6 +44,13 @@ class ModelConfig:
     activation: str = "swiglu"  # swiglu | gelu | gelu_tanh
     parallel_residual: bool = False
     init_std: float = 0.02
+    position_embedding: str = "rope"  # rope | learned (GPT-2)
+    num_experts: int = 0  # in each layer with experts; 0 = none
+    moe_ffn_hidden_size: int = 0  # of one expert
+    moe_shared_ffn_hidden_size: int = 0  # of the expert that sees every token; 0 = none
+    moe_topk: int = 0  # experts a token goes to
+    moe_norm_topk: bool = False  # the chosen experts' weights are made to sum to 1
+    moe_dense_layers: tuple[int, ...] = ()  # layers with an ordinary MLP
     hf_config: Mapping[str, Any] | None = None
 
     @property
@@ -55,9 +62,14 @@ class ModelConfig:
         attention += 2 * d * self.qk_norm
         gated = 3 if self.activation == "swiglu" else 2
         mlp = gated * h * f + ((gated - 1) * f + h) * self.linear_bias
+        m, s = self.moe_ffn_hidden_size, self.moe_shared_ffn_hidden_size
+        experts = self.num_experts * (gated * h * m + h) + (gated * h * s + h) * bool(s)
+        dense = len(self.moe_dense_layers) if self.num_experts else self.num_layers
         norm = h * (2 if self.normalization == "layernorm" else 1)
         embeddings = self.vocab_size * h * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * norm) + norm + embeddings
+        positions = self.max_position_embeddings * h * (self.position_embedding == "learned")
+        mlps = dense * mlp + (self.num_layers - dense) * experts
+        return self.num_layers * (attention + 2 * norm) + mlps + norm + embeddings + positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import hf, mapping
-from cpt.checkpoint.mapping import Piece
 from cpt.plan.types import ModelConfig
 
 
 @st.composite
 def models(draw: Any) -> ModelConfig:
-    family = draw(st.sampled_from(sorted(mapping.RULES)))
+    family = draw(st.sampled_from(("llama", "mistral", "qwen2", "qwen3", "gpt_neox")))
     neox = family == "gpt_neox"
     groups = draw(st.integers(1, 4))
     heads = groups if neox else groups * draw(st.integers(1, 3))
@@ -45,7 +44,7 @@ def models(draw: Any) -> ModelConfig:
 def numbered(model: ModelConfig) -> dict[str, np.ndarray]:
     """Hugging Face tensors in which every number occurs once."""
     at, made = 0, {}
-    for name, shape in mapping.hf_shapes(model).items():
+    for name, shape in mapping.atom_shapes(model).items():
         size = int(np.prod(shape))
         made[name] = np.arange(at, at + size, dtype=np.float32).reshape(shape)
         at += size
@@ -54,8 +53,8 @@ def numbered(model: ModelConfig) -> dict[str, np.ndarray]:
 
 def fuse(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
-        key: np.concatenate([tensors[p.hf][p.start : p.stop] for p in recipe.pieces])
-        for key, recipe in mapping.recipes(model).items()
+        key: np.concatenate([tensors[str(f.atom)][f.at_row : f.at_row + f.rows] for f in fused.tensor.fills])
+        for key, fused in mapping.megatron_tensors(model).items()
     }
 
 
@@ -84,7 +83,7 @@ def test_stacked_layers_and_padding_rows_split_alike(model: ModelConfig) -> None
             stacked[key] = torch.from_numpy(value)
         elif ".0." in key[:17]:
             name = key.replace("decoder.layers.0.", "decoder.layers.")
-            layers = [fused[k] for k in mapping.place(name, model.num_layers)]
+            layers = [fused[key.replace(".0.", f".{i}.", 1)] for i in range(model.num_layers)]
             stacked[name] = torch.from_numpy(np.stack(layers))
     embedding = "embedding.word_embeddings.weight"
     stacked[embedding] = torch.cat((stacked[embedding], torch.full((3, model.hidden_size), -1.0)))
@@ -95,18 +94,8 @@ def test_stacked_layers_and_padding_rows_split_alike(model: ModelConfig) -> None
 @given(models())
 @settings(deadline=None, max_examples=60)
 def test_the_parameters_counted_are_the_parameters_named(model: ModelConfig) -> None:
-    count = sum(int(np.prod(shape)) for shape in mapping.hf_shapes(model).values())
+    count = sum(int(np.prod(shape)) for shape in mapping.atom_shapes(model).values())
     assert count == model.num_parameters
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
-def test_intervals_of_rows_are_those_of_the_joined_tensor(sizes: list[int], data: Any) -> None:
-    pieces = [Piece(str(i), 10 * i, 10 * i + size) for i, size in enumerate(sizes)]
-    joined = [(p.hf, row) for p in pieces for row in range(p.start, p.stop)]
-    start = data.draw(st.integers(0, len(joined)))
-    stop = data.draw(st.integers(start, len(joined) + 3))  # rows past the end are padding
-    found = [(p.hf, row) for p in mapping.intersect(pieces, start, stop) for row in range(p.start, p.stop)]
-    assert found == joined[start:stop]
 
 
 def test_query_groups_lie_one_after_another() -> None:
@@ -122,9 +111,9 @@ def test_query_groups_lie_one_after_another() -> None:
         max_position_embeddings=8,
         norm_eps=1e-5,
     )
-    pieces = mapping.recipes(model)["decoder.layers.0.self_attention.linear_qkv.weight"].pieces
-    names = [p.hf.split(".")[4][0] for p in pieces]
+    fills = mapping.megatron_tensors(model)["decoder.layers.0.self_attention.linear_qkv.weight"].tensor.fills
+    names = [str(f.atom).split(".")[4][0] for f in fills]
     assert names == ["q", "k", "v", "q", "k", "v"]
-    assert [(p.start, p.stop) for p in pieces] == [(0, 4), (0, 2), (0, 2), (4, 8), (2, 4), (2, 4)]
+    assert [(f.at_row, f.rows) for f in fills] == [(0, 4), (0, 2), (0, 2), (4, 4), (2, 2), (2, 2)]
     with pytest.raises(UsageError, match="unknown model family `lama`"):
-        mapping.recipes(dataclasses.replace(model, family="lama"))
+        mapping.megatron_tensors(dataclasses.replace(model, family="lama"))

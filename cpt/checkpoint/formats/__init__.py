@@ -1,0 +1,118 @@
+"""Checkpoint formats: how a folder becomes a `Content`, and a `Content` the plan of a folder. One file a format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cpt.base.registry import Registry
+from cpt.checkpoint.arrays import OutFile
+from cpt.checkpoint.content import Content, Layout
+from cpt.checkpoint.writing import FileSums
+
+OPTIMIZER_FORMS = ("fully_reshardable", "dp_reshardable", "plain", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a checkpoint is read.
+
+    Args:
+        optimizer: whether optimizer state is read at all.
+        vocab_size: of the model, where the checkpoint does not say.
+        config: Hugging Face folder or `config.json` that says what the model is.
+        first_replica: take the first of copies that differ instead of refusing.
+    """
+
+    optimizer: bool = True
+    vocab_size: int | None = None
+    config: Path | None = None
+    first_replica: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a checkpoint is written.
+
+    Args:
+        layout: of Megatron ranks; where the files do not depend on it, it decides the vocabulary's padding only.
+        optimizer: one of `OPTIMIZER_FORMS`; None = the format's own where the content has optimizer state.
+        spec: names of Transformer Engine (`te`) or of Megatron's own layers (`local`).
+        dtype: of the model's weights, as torch spells it; None = as they are.
+        keep_padding: write padding rows of the vocabulary into a Hugging Face folder too.
+        vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`.
+        file_bytes: size at which another file is begun [bytes].
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    optimizer: str | None = None
+    spec: str = "local"
+    dtype: str | None = None
+    keep_padding: bool = False
+    vocabulary_multiple: int = 128
+    file_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The plan of a folder.
+
+    Args:
+        files: written by workers, in any order.
+        copies: files taken along unchanged, by their name in the folder.
+        finish: makes the small files that come last, by name, in the order in which they are to be written (the last
+            one makes the folder whole), from the sums of `files`.
+        step_folder: `iter_*` or `release` below OUT, into which everything goes; "" = OUT itself.
+        dropped: one line for each thing of the content that this format cannot hold.
+    """
+
+    files: tuple[OutFile, ...]
+    finish: Callable[[Mapping[str, FileSums]], Mapping[str, bytes]]
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    step_folder: str = ""
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.files)
+
+
+class Format(ABC):
+    """A checkpoint format. Everything is a class method: formats have no state."""
+
+    name: ClassVar[str]
+    can_write: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, folder: Path) -> bool:
+        """Whether a folder is of this format: a look at names and small files, never an error."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, reading: Reading) -> Content:
+        """What the folder holds. Checks structure (every tensor once, shapes, byte ranges) and reads no values.
+
+        Raises:
+            UsageError: unfinished, damaged, hostile, or of a kind that cannot be expressed; names file and tensor.
+        """
+
+    @classmethod
+    def plan(cls, content: Content, writing: Writing) -> Output:
+        """The folder that holds a content in this format.
+
+        Raises:
+            UsageError: it cannot be held, or the layout does not fit the model.
+        """
+        raise NotImplementedError(f"{cls.name} is read only")
+
+    @classmethod
+    def facts(cls, folder: Path) -> Mapping[str, Any]:
+        """Plain facts about a folder for `cpt ckpt show`, beyond what `Content` says."""
+        return {}
+
+
+FORMATS: Registry[type[Format]] = Registry("checkpoint format")
