@@ -115,7 +115,7 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
     "HalfStorage": "float16",
@@ -137,8 +137,8 @@ class _Reader(pickle.Unpickler):
         if module == "torch":
             if name in _DTYPES:
                 return Dtype(name)
-            if name in _STORAGE_DTYPES:
-                return Dtype(_STORAGE_DTYPES[name])
+            if name in STORAGE_DTYPES:
+                return Dtype(STORAGE_DTYPES[name])
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return _rebuild_tensor
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
