@@ -71,10 +71,12 @@ class Optimizer:
     Args:
         step: updates made.
         groups: hyperparameters of each parameter group, plain values, without parameters and step.
+        form: how it was stored (`fully_reshardable`, `dp_reshardable`, ...); None where the format has one only.
     """
 
     step: int
     groups: tuple[Mapping[str, Any], ...] = ()
+    form: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

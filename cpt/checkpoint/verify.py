@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import manifest as manifests
+from cpt.checkpoint import master
 from cpt.checkpoint.torch_dist import Folder
 
 if TYPE_CHECKING:
@@ -64,14 +65,7 @@ def check_main_weights(source: Folder, part: int = 0, parts: int = 1) -> int:
         if not all(_same(source, main, weight, a, b) for a, b in _blocks(stored.shape, part, parts)):
             wrong.append(weight)
     if wrong:
-        names = ", ".join(f"`{w}`" for w in wrong[:3]) + (" and others" if len(wrong) > 3 else "")
-        raise UsageError(
-            f"`{source.path}`: the optimizer's main weights are not the model's weights in {len(wrong)} of {compared} "
-            f"tensors ({names})",
-            "megatron-core 0.15 to 0.19.2 writes such `fully_reshardable` checkpoints when a gradient bucket is padded "
-            "(`overlap_grad_reduce`, or tied embeddings with pp > 1); their optimizer state cannot be used",
-            "the weights themselves are good: convert them to Hugging Face and start with `keep: [weights]` from there",
-        )
+        raise master.refusal(str(source.path), wrong, compared, known=True)
     return compared
 
 
