@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpt.launch import processes
+from cpt.base import processes
 from cpt.launch.environment import rank_environment
 
 if __name__ == "__mp_main__":  # a helper process that `multiprocessing` spawned from a rank

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cpt.stages.lock import Holder
+    from cpt.base.lock import Holder
 
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, or its name under `runs`.", show_default=False)
@@ -39,7 +39,7 @@ def command(run: Run, wait: Wait = False) -> int:
 
 def holders_of(folder: Path) -> list[Holder]:
     """Who works on a run just now: on the whole, and on single stages."""
-    from cpt.stages.lock import live_holder
+    from cpt.base.lock import live_holder
 
     places = [folder, *sorted((folder / "stages").glob("*"))]
     return [held for place in places if (held := live_holder(place)) is not None]

@@ -48,9 +48,10 @@ def command(
 
 
 def _stage_dir(folder: Path, stage: str | None) -> Path:
+    from cpt.base import lock
     from cpt.base.errors import UsageError
     from cpt.base.registry import unknown
-    from cpt.stages import lock, state
+    from cpt.stages import state
     from cpt.stages.attempt import attempts, read_plan
 
     plan = read_plan(folder)
@@ -121,7 +122,7 @@ def _follow(path: Path, stage_dir: Path, attempt_dir: Path) -> None:
     import sys
     import time
 
-    from cpt.stages.lock import live_holder
+    from cpt.base.lock import live_holder
 
     with open(path, "rb") as file:
         file.seek(0, 2)

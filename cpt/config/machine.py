@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.files import read_json
-from cpt.launch.processes import num_cores
+from cpt.base.processes import num_cores
 from cpt.plan.budget import Devices, Measured
 from cpt.plan.types import RunPlan, Train, to_json
 

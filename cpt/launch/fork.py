@@ -23,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from cpt.base import processes
 from cpt.base.errors import DONE, GUARD, SAVED
-from cpt.launch import outcome, processes
+from cpt.launch import outcome
 
 PARENT_VARIABLE = "CPT_PARENT_PID"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpt.base import processes
 from cpt.base.errors import SAVED, UsageError
 from cpt.base.files import write_atomic
-from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork, processes
+from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork
 
 _SCRIPT = """\
 #!/usr/bin/env bash

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.base import lock
 from cpt.base.errors import CptError
 from cpt.base.events import Event
 from cpt.plan.types import RunPlan
@@ -16,7 +17,7 @@ from cpt.report import show
 from cpt.report.progress import StageNow
 from cpt.report.runs import names
 from cpt.report.table import aligned
-from cpt.stages import lock, state
+from cpt.stages import state
 from cpt.stages.attempt import attempts, read_plan
 
 TAIL_BYTES = 256 * 1024  # of each event file: some hundred steps

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.base import lock
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
 from cpt.base.files import read_json, write_json
 from cpt.checkpoint import store
 from cpt.launch import outcome
 from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
-from cpt.stages import STAGES, lock, parents, state
+from cpt.stages import STAGES, parents, state
 from cpt.stages.state import State
 
 STOP_FILE = "stop"  # in a run's folder: whoever works on it saves and stops

@@ -13,9 +13,9 @@ from typing import Any
 
 from cpt.base.errors import EnvironmentProblem
 from cpt.base.events import Event
+from cpt.base.lock import Lock
 from cpt.launch import Ranks
 from cpt.stages.attempt import stop_asked
-from cpt.stages.lock import Lock
 
 _POLL_SECONDS = 0.1
 _BEAT_SECONDS = 10.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.base.errors import PlanError
-from cpt.launch.processes import num_cores
+from cpt.base.processes import num_cores
 from cpt.plan.check import few, nothing_held_out
 from cpt.plan.types import RunPlan
 

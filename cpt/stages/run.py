@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.base import lock
 from cpt.base.errors import DONE, GUARD, SAVED, CptError, EnvironmentProblem, GuardStop, StoppedAndSaved, UsageError
 from cpt.base.events import Event, stage_events
 from cpt.base.files import read_json, write_json
 from cpt.launch import LAUNCHERS, Launch, Launcher
 from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import attempt as attempts
-from cpt.stages import decide, law_values, lock, parents, record, reuse, state
+from cpt.stages import decide, law_values, parents, record, reuse, state
 from cpt.stages.decide import Decision
 from cpt.stages.follow import Stop, follow
 from cpt.stages.guard import guard_text

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
+from cpt.base import processes
 from cpt.base.files import read_lines
 from cpt.checkpoint import manifest, store
-from cpt.launch import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 

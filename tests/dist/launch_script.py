@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from cpt.launch import outcome, processes
+from cpt.base import processes
+from cpt.launch import outcome
 from cpt.launch.fork import run_ranks
 
 folder = Path(sys.argv[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.launch import processes
+from cpt.base import processes
 
 SCRIPT = Path(__file__).with_name("launch_script.py")
 

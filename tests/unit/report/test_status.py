@@ -5,10 +5,10 @@ import os
 
 import pytest
 
+from cpt.base import lock
 from cpt.base.errors import UsageError
 from cpt.report.runs import find_run
 from cpt.report.status import read_status, status_json, status_text, tail
-from cpt.stages import lock
 from tests import made_run
 
 

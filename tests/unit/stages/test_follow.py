@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from cpt.base import lock
 from cpt.base.errors import SAVED, EnvironmentProblem
 from cpt.base.events import EventLog
 from cpt.launch import Ranks
-from cpt.stages import attempt, follow, lock
+from cpt.stages import attempt, follow
 from cpt.stages.follow import Stop, Tail
 
 

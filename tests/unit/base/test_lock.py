@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cpt.base import lock
 from cpt.base.errors import UsageError
 from cpt.base.files import write_json
-from cpt.stages import lock
 
 
 def me(what: str = "cpt run recipe=demo") -> lock.Holder:

@@ -1,4 +1,4 @@
-"""Who is working on a run or a stage: `lock.json` with host, pid and a heartbeat.
+"""Who is working on a run, a stage or a conversion: `lock.json` with host, pid and a heartbeat.
 
 A lock is stale when its process is gone (known on the same machine) or, from another machine, when its last sign of
 life is older than two minutes by the clock of the file system that both see. A stale lock is taken over.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cpt.base.errors import UsageError
 from cpt.base.files import read_json, write_json
-from cpt.launch.processes import start_time
+from cpt.base.processes import start_time
 
 STALE_SECONDS = 120.0
 NAME = "lock.json"
@@ -71,7 +71,7 @@ class Lock:
     """A lock that is held. Beat it at least every minute; release it at the end.
 
     Args:
-        folder: what is locked: a run's or a stage's folder.
+        folder: what is locked: of a run, a stage, an unfinished conversion.
         holder: who holds it.
     """
 
@@ -101,8 +101,11 @@ def beat(path: Path) -> None:
         os.utime(path)
 
 
-def take(folder: Path, holder: Holder) -> tuple[Lock, Holder | None]:
+def take(folder: Path, holder: Holder, *hints: str) -> tuple[Lock, Holder | None]:
     """Take the lock of a folder.
+
+    Args:
+        hints: what a person can do when somebody alive holds it.
 
     Returns:
         The lock, and the dead holder that it was taken over from, if there was one.
@@ -116,7 +119,7 @@ def take(folder: Path, holder: Holder) -> tuple[Lock, Holder | None]:
         if held is not None and is_alive(held, folder):
             raise UsageError(
                 f"`{folder}` is in use by {held.text()} (`{held.what}`)",
-                "`cpt status` shows how far it is, `cpt cancel` asks it to save and stop",
+                *(hints or ("`cpt status` shows how far it is, `cpt cancel` asks it to save and stop",)),
             )
         write_json(folder / NAME, asdict(holder))
     return Lock(folder, holder), held
