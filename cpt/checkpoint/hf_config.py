@@ -60,12 +60,12 @@ _SCALING_KEYS = {
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The model of a Hugging Face folder, from its `config.json` alone.
+    """The model of a Hugging Face folder (or of a `config.json`), from its configuration alone.
 
     Raises:
         UsageError: unreadable, of an unknown family, or with a setting that cannot be expressed.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / "config.json"
     try:
         config = read_json(path)
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from cpt.checkpoint.content import Layout
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT, Fused
 from cpt.plan.types import ModelConfig
 
-SPECS = ("local", "te")
+SPECS = ("local", "te", "cpt")  # `cpt`: the layers of this project, which are named as Megatron's local ones
 # Where each tensor of a layer is registered, by the start of its canonical name (local layer spec).
 _ORDER = (
     "self_attention.linear_qkv.layer_norm_",
@@ -143,7 +143,7 @@ def held(
 
     Args:
         tp, pp, ep: the rank.
-        spec: `local` or `te`: names of norms and experts.
+        spec: one of `SPECS`: names of norms and experts.
     """
     whole = mapping.megatron_tensors(model, padded_vocab_size)
     stages = layers_of(layout, model.num_layers)
@@ -203,14 +203,14 @@ def local_name(model: ModelConfig, key: str, spec: str, *, first_layer: int = 0,
         _, _, number, rest = key.split(".", 3)
         layer = int(number)
         name = f"decoder.layers.{layer - first_layer}.{rest}"
-        if spec == "local":
+        if spec != "te":
             name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
-        if spec == "local" or mapping.has_experts(model, layer):
+        if spec != "te" or mapping.has_experts(model, layer):
             name = name.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
         if _is_expert(key):
             each = model.num_experts // (layout.ep if layout else 1)
             e = _expert(key)
-            if spec == "local":
+            if spec != "te":
                 name = name.replace(f".experts.experts.{e}.", f".experts.local_experts.{e % each}.")
             else:  # one module for all experts: the number follows the parameter's name
                 name = name.replace(f".experts.experts.{e}.", ".experts.") + str(e % each)
