@@ -151,10 +151,16 @@ class Crc:
 
 @dataclass(frozen=True, slots=True)
 class OutFile:
-    """A file to write: literal bytes, payloads, and checksums of payloads that come before them."""
+    """A file to write: literal bytes, payloads, and checksums of payloads that come before them.
 
-    name: str  # relative to the output folder, may hold `/`
+    Args:
+        name: relative to the output folder, may hold `/`.
+        sha256: whether the whole file's SHA-256 is wanted.
+    """
+
+    name: str
     parts: tuple[bytes | Payload | Crc, ...]
+    sha256: bool = False
 
     @property
     def payloads(self) -> tuple[Payload, ...]:

@@ -95,6 +95,8 @@ class Content:
         objects: named states that a stage of ours added (`cpt.*`), as JSON.
         files: files to take along by their names in a Hugging Face folder (config.json, tokenizer, ...).
         layout: of the ranks that wrote it, where the format shows it.
+        unrounded: atoms whose `model` is declared not to be `fp32` rounded (stochastic rounding, FP8); both are kept.
+        id: of an atom checkpoint, the same for equal training states.
         left_out: one line for each thing that the format holds and this content does not.
         crc32: checksums that the format itself carries, by file: [(start, length, crc32)] of stored bytes.
     """
@@ -111,6 +113,8 @@ class Content:
     objects: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     layout: Layout | None = None
+    unrounded: frozenset[str] = frozenset()
+    id: str | None = None
     left_out: tuple[str, ...] = ()
     crc32: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
 

@@ -49,7 +49,7 @@ def read_headers(folder: str | os.PathLike[str]) -> dict[str, Place]:
             raise UsageError(f"`{folder}` has no `.safetensors` files")
     places: dict[str, Place] = {}
     for file in files:
-        for name, place in _read_header(file).items():
+        for name, place in read_header(file).items():
             if name in places:
                 raise UsageError(f"tensor `{name}` is both in `{places[name].file}` and in `{file}`")
             places[name] = place
@@ -59,7 +59,12 @@ def read_headers(folder: str | os.PathLike[str]) -> dict[str, Place]:
     return places
 
 
-def _read_header(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, Place]:
+    """Every tensor of one file by name.
+
+    Raises:
+        UsageError: it is missing, cut short or no safetensors file.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

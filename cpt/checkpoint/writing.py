@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Callable
@@ -25,11 +26,13 @@ class FileSums:
     Args:
         crc32: of all its bytes.
         payloads: CRC-32 of each payload, in order.
+        sha256: of all its bytes, hexadecimal, if the plan asked for it.
     """
 
     size: int
     crc32: int
     payloads: tuple[int, ...]
+    sha256: str | None = None
 
 
 Watch = Callable[[Payload, np.ndarray[Any, Any]], None]
@@ -49,6 +52,7 @@ def write_file(
     total, size = 0, 0
     sums: list[int] = []
     buffer = np.empty(block, np.uint8)
+    sha = hashlib.sha256() if out.sha256 else None
     with open(path, "wb", buffering=0) as file:
 
         def put(data: Any) -> None:
@@ -56,6 +60,8 @@ def write_file(
             view = memoryview(data).cast("B")
             total = zlib.crc32(view, total)
             size += len(view)
+            if sha is not None:
+                sha.update(view)
             while len(view):
                 view = view[file.write(view) :]
 
@@ -73,7 +79,7 @@ def write_file(
             else:
                 put(part)
         os.fsync(file.fileno())
-    return FileSums(size=size, crc32=total, payloads=tuple(sums))
+    return FileSums(size=size, crc32=total, payloads=tuple(sums), sha256=None if sha is None else sha.hexdigest())
 
 
 def blocks(payload: Payload, content: Content, files: Files, buffer: np.ndarray[Any, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,14 @@ class Reading:
         vocab_size: of the model, where the checkpoint does not say.
         config: Hugging Face folder or `config.json` that says what the model is.
         first_replica: take the first of copies that differ instead of refusing.
+        untie: keep an output layer that differs from the embedding it is said to be tied to.
     """
 
     optimizer: bool = True
     vocab_size: int | None = None
     config: Path | None = None
     first_replica: bool = False
+    untie: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ class Writing:
         keep_padding: write padding rows of the vocabulary into a Hugging Face folder too.
         vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`.
         file_bytes: size at which another file is begun [bytes].
+        from_master: the optimizer's fp32 weights are the weights of a Hugging Face folder, as float32.
+        sha256: `FileSums.sha256` is made for every file.
+        sha256: note each file's SHA-256 too, where the format has a place for it.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -54,6 +60,20 @@ class Writing:
     keep_padding: bool = False
     vocabulary_multiple: int = 128
     file_bytes: int = 2 << 30
+    from_master: bool = False
+    sha256: bool = False
+    sha256: bool = False
+
+    def weight_dtypes(self, content: Content) -> dict[str, str]:
+        """Dtype of each atom's weight: `dtype` for those that have the dtype of most values, the others keep theirs."""
+        values: dict[str, int] = {}
+        for atom in content.atoms.values():
+            values[atom.dtype] = values.get(atom.dtype, 0) + math.prod(atom.shape)
+        most = max(values, key=lambda d: values[d], default="")
+        return {
+            name: self.dtype if self.dtype and atom.dtype == most else atom.dtype
+            for name, atom in content.atoms.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +84,11 @@ class Output:
         files: written by workers, in any order.
         copies: files taken along unchanged, by their name in the folder.
         finish: makes the small files that come last, by name, in the order in which they are to be written (the last
-            one makes the folder whole), from the sums of `files`.
+            one makes the folder whole), from the sums of `files` and `copies`.
         step_folder: `iter_*` or `release` below OUT, into which everything goes; "" = OUT itself.
         dropped: one line for each thing of the content that this format cannot hold.
+        manifest: JSON file of `finish` that is given the key `conversion` (see `job.record`); if `finish` makes no such
+            file, one is written that holds nothing else.
     """
 
     files: tuple[OutFile, ...]
@@ -74,6 +96,7 @@ class Output:
     copies: Mapping[str, Path] = field(default_factory=dict)
     step_folder: str = ""
     dropped: tuple[str, ...] = ()
+    manifest: str = "conversion.json"
 
     @property
     def nbytes(self) -> int:
