@@ -49,7 +49,6 @@ class Writing:
         vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`.
         file_bytes: size at which another file is begun [bytes].
         from_master: the optimizer's fp32 weights are the weights of a Hugging Face folder, as float32.
-        sha256: `FileSums.sha256` is made for every file.
         sha256: note each file's SHA-256 too, where the format has a place for it.
     """
 
@@ -61,7 +60,6 @@ class Writing:
     vocabulary_multiple: int = 128
     file_bytes: int = 2 << 30
     from_master: bool = False
-    sha256: bool = False
     sha256: bool = False
 
     def weight_dtypes(self, content: Content) -> dict[str, str]:
