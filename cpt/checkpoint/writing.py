@@ -31,7 +31,7 @@ class FileSums:
 
     size: int
     crc32: int
-    payloads: tuple[int, ...]
+    payloads: tuple[int, ...] = ()
     sha256: str | None = None
 
 
