@@ -1,0 +1,246 @@
+"""What a person's folder is: a checkpoint of some format, or a folder of steps of which one is meant.
+
+    OUT/iter_0000007/, hf/, atom/                      a checkpoint
+    latest_checkpointed_iteration.txt, iter_*/         Megatron's folder of steps; the file holds a number or `release`
+    latest_universal, global_step*_universal/          DeepSpeed's
+    RUN/stages/<stage>/{checkpoints,hf}/               a run of ours, and each of its stages
+
+Only names and small files are looked at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.base.errors import UsageError
+from cpt.base.registry import nearest
+from cpt.checkpoint import formats, manifest, store
+from cpt.checkpoint.formats import FORMATS, Format
+
+PARTIAL = ".partial"  # of an unfinished conversion
+UNIVERSAL = "latest_universal"
+RELEASE = "release"
+_UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
+_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,}){0,2}")
+# A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
+_ORDER = ("atom", "torch_dist", "megatron", "ds-universal", "hf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint folder.
+
+    Args:
+        format: its name in `FORMATS`.
+        step: of the training run, where the folder's name says it.
+        notes: one line each for a person: which of several was taken, and what was passed over and why.
+    """
+
+    folder: Path
+    format: str
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A folder of one step; `step` None: `release`."""
+
+    folder: Path
+    step: int | None
+    why_not: str | None
+
+
+def known() -> dict[str, type[Format]]:
+    """All formats by name, in the order in which a folder is tried."""
+    for module in pkgutil.iter_modules(formats.__path__):
+        importlib.import_module(f"{formats.__name__}.{module.name}")
+    names = sorted(FORMATS, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
+    return {name: FORMATS.get(name) for name in names}
+
+
+def recognise(folder: Path) -> str | None:
+    """The format of a checkpoint folder; None for any other folder."""
+    return next((name for name, one in known().items() if one.recognise(folder)), None)
+
+
+def find(path: Path, step: int | None = None) -> Found:
+    """The checkpoint that a path means.
+
+    Args:
+        step: of several steps, which one; None = the one that the tracker file names, else the newest whole one.
+
+    Raises:
+        UsageError: nothing is there, it is not whole, or nothing known; says what is there and what is known.
+    """
+    if not path.is_dir():
+        raise _not_a_folder(path)
+    candidates = list(_candidates(path))
+    if candidates:
+        return _chosen(path, candidates, step)
+    name = recognise(path)
+    if name is not None:
+        return _itself(path, name, step)
+    for folder in store.checkpoint_folders(path):
+        if folder != path and (candidates := list(_candidates(folder))):
+            return _chosen(folder, candidates, step)
+    exported = store.hugging_face(path)
+    if exported is not None:
+        return Found(folder=exported, format="hf", notes=(f"`{exported}` is taken",))
+    raise _unknown(path)
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """What shows that a checkpoint was never finished, in one phrase; None when nothing does."""
+    if (folder / manifest.NAME).is_file():
+        return manifest.why_not_whole(folder)
+    ranks = [p for p in folder.iterdir() if _RANK.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+    if ranks:
+        empty = sorted(p.name for p in ranks if not (p / "model_optim_rng.pt").is_file())
+        return f"`{empty[0]}` holds no `model_optim_rng.pt`" if empty else None
+    if (folder / ".metadata").is_file() and not (folder / "metadata.json").is_file():
+        return "`.metadata` is there and `metadata.json` is not: its save never finished, or it is torch's own format"
+    if recognise(folder) is None:
+        return "it holds nothing that is known" if any(folder.iterdir()) else "it is empty"
+    return None
+
+
+def _itself(path: Path, name: str, step: int | None) -> Found:
+    """A path that is one checkpoint."""
+    own = _step_of(path.resolve())
+    if step is not None and own is not None and own != step:
+        raise UsageError(f"`{path}` is step {own:,}, and step {step:,} was asked for", "give the folder of all steps")
+    why = why_not_whole(path)
+    if why is not None and name != "megatron":  # whose reader says which ranks are missing
+        raise _not_whole(path, why)
+    return Found(folder=path, format=name, step=own)
+
+
+def _candidates(path: Path) -> Iterator[_Candidate]:
+    """Folders of steps inside a folder, oldest first; `release` comes last."""
+    steps = store.steps(path)
+    steps += (
+        sorted((int(m[1]), p) for p in path.iterdir() if (m := _UNIVERSAL_FOLDER.fullmatch(p.name)) and p.is_dir())
+        if path.is_dir()
+        else []
+    )
+    ours = any((folder / manifest.NAME).is_file() for _, folder in steps)
+    for number, folder in steps:
+        why = why_not_whole(folder)
+        if why is None and ours and not (folder / manifest.NAME).is_file():
+            why = "its save never finished (no manifest)"
+        yield _Candidate(folder, number, why)
+    if (path / RELEASE).is_dir():
+        yield _Candidate(path / RELEASE, None, why_not_whole(path / RELEASE))
+
+
+def _chosen(path: Path, candidates: list[_Candidate], step: int | None) -> Found:
+    notes: list[str] = []
+    if step is not None:
+        one = next((c for c in candidates if c.step == step), None)
+        if one is None:
+            there = ", ".join(_name(c) for c in candidates)
+            raise UsageError(f"`{path}` has no step {step:,}", f"there are {there}")
+    else:
+        one = _tracked(path, candidates, notes) or next((c for c in reversed(candidates) if c.why_not is None), None)
+        if one is None:
+            one = candidates[-1]
+            if len(candidates) > 1:
+                raise UsageError(
+                    f"`{path}` holds no whole checkpoint", *(f"`{c.folder}`: {c.why_not}" for c in candidates[-3:])
+                )
+    name = recognise(one.folder)
+    if one.why_not is not None and (name != "megatron" or (one.folder / manifest.NAME).is_file()):
+        raise _not_whole(one.folder, one.why_not)
+    if name is None:
+        raise _unknown(one.folder)
+    if step is None and len(candidates) > 1:
+        for c in candidates:
+            if c.why_not is not None and (one.step is None or c.step is None or c.step > one.step):
+                notes.append(f"`{c.folder}` was passed over: {c.why_not}")
+        notes.append(f"`{one.folder}` is taken, one of {len(candidates)} steps; `--step` takes another")
+    return Found(folder=one.folder, format=name, step=one.step, notes=tuple(notes))
+
+
+def _tracked(path: Path, candidates: list[_Candidate], notes: list[str]) -> _Candidate | None:
+    """What the tracker file names, if that is whole. Of our own saves the newest whole one counts."""
+    if any((c.folder / manifest.NAME).is_file() for c in candidates):
+        return None
+    for name in (store.TRACKER, UNIVERSAL):
+        try:
+            word = (path / name).read_text(encoding="utf-8").strip()[:200]
+        except (OSError, ValueError):
+            continue
+        one = next((c for c in candidates if word in (c.folder.name, str(c.step), _name(c))), None)
+        if one is None:
+            notes.append(f"`{path / name}` names `{word}`, which is not there")
+        elif one.why_not is not None:
+            notes.append(f"`{path / name}` names `{word}`, which is not whole: {one.why_not}")
+        else:
+            return one
+    return None
+
+
+def _name(candidate: _Candidate) -> str:
+    return RELEASE if candidate.step is None else f"{candidate.step:,}"
+
+
+def _step_of(folder: Path) -> int | None:
+    for pattern in (re.compile(r"iter_(\d{7,})"), _UNIVERSAL_FOLDER):
+        if match := pattern.fullmatch(folder.name):
+            return int(match[1])
+    return None
+
+
+def _not_whole(folder: Path, why: str) -> UsageError:
+    """Refuses a folder whose save never finished; names the newest whole step beside it."""
+    beside = [c for c in _candidates(folder.resolve().parent) if c.why_not is None]
+    hints = [f"the newest whole step beside it is `{beside[-1].folder.name}`"] if beside else []
+    return UsageError(f"`{folder}` is not whole: {why}", *hints)
+
+
+def _not_a_folder(path: Path) -> UsageError:
+    if path.is_file():
+        return UsageError(f"`{path}` is a file, wanted is a folder", f"did you mean `{path.parent}`?")
+    try:
+        near = nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()])
+    except OSError:
+        near = None
+    hints = [f"did you mean `{path.parent / near}`?"] if near else []
+    return UsageError(f"there is no folder `{path}`", *hints)
+
+
+def _unknown(path: Path) -> UsageError:
+    """The error for a folder that is nothing known: what is there, what is known."""
+    if path.name.endswith(PARTIAL) or (path / "journal.jsonl").is_file():
+        return UsageError(f"`{path}` is an unfinished conversion", "the command that began it goes on with it")
+    if (path / ".metadata").is_file():
+        return _not_whole(path, why_not_whole(path) or "")
+    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
+    shown = ", ".join(f"`{n}`" for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    hints = []
+    if "adapter_config.json" in names:
+        hints.append("it is an adapter: merge it into its base model first")
+    weights = [n for n in names if n.endswith((".safetensors", ".bin", ".gguf"))]
+    if weights and "config.json" not in names:
+        hints.append(f"there is `{weights[0]}`, but no `config.json` beside it")
+    elif "config.json" in names:
+        hints.append("there is a `config.json`, but it names no `model_type`" if not _has_type(path) else "")
+    hints.append(
+        "known are folders of Hugging Face (`config.json`), Megatron (`iter_*`, `metadata.json`, `mp_rank_*`), "
+        "`atom.json`, DeepSpeed universal (`zero/`), and runs and stages of cpt"
+    )
+    return UsageError(f"`{path}` is no checkpoint: it holds {shown or 'nothing'}", *filter(None, hints))
+
+
+def _has_type(path: Path) -> bool:
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
