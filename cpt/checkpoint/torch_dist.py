@@ -16,9 +16,6 @@ import json
 import math
 import mmap
 import os
-import pickle
-import struct
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +24,23 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, write_atomic
-from cpt.checkpoint import unpickle
+from cpt.checkpoint import torch_zip, unpickle
+from cpt.checkpoint.arrays import itemsize
 from cpt.checkpoint.manifest import FileFacts
+from cpt.checkpoint.unpickle import Dtype
 
 if TYPE_CHECKING:
     import torch
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 _ALIGN = 64
+_ORIGINAL = "nd_reformulated_orig_global_shape"  # of tensors that were saved as flat pieces (megatron-core to 0.14)
 
 
 @dataclass(frozen=True)
@@ -121,16 +127,10 @@ def finish(folder: Path, records: Sequence[Record], common: Mapping[str, Any]) -
 
     data = io.BytesIO()
     torch.save(dict(common), data)
-    config = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
     contents = {
-        METADATA: pickle.dumps(_dcp_metadata(records)),
+        METADATA: metadata(records),
         COMMON: data.getvalue(),
-        CONFIG: json.dumps(config).encode(),
+        CONFIG: json.dumps(BACKEND).encode(),
     }
     for name, content in contents.items():
         write_atomic(folder / name, content)
@@ -138,20 +138,14 @@ def finish(folder: Path, records: Sequence[Record], common: Mapping[str, Any]) -
     return {n: FileFacts(size=len(c), crc32=f"{zlib.crc32(c):08x}") for n, c in contents.items()}
 
 
-def _dcp_metadata(records: Sequence[Record]) -> Any:
-    """torch's own description of the chunks, as torch.distributed.checkpoint and megatron-core read it."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+def metadata(records: Sequence[Record]) -> bytes:
+    """torch's own description of the chunks, as torch.distributed.checkpoint and megatron-core read it.
 
+    Raises:
+        AssertionError: the chunks do not cover each tensor exactly once.
+
+    Source: torch 2.13, `distributed/checkpoint/metadata.py` (fields) and `filesystem.py` (`_StorageInfo`).
+    """
     by_key: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (r.key, r.offset)):
         by_key.setdefault(record.key, []).append(record)
@@ -161,18 +155,50 @@ def _dcp_metadata(records: Sequence[Record]) -> Any:
         shape = parts[0].shape
         if shape is None:
             assert len(parts) == 1, f"object {key} is written twice"
-            described[key] = BytesStorageMetadata()
-            stored[MetadataIndex(key)] = _StorageInfo(parts[0].file, parts[0].start, parts[0].length)
+            described[key] = _dcp("BytesStorageMetadata")
+            stored[_dcp("MetadataIndex", fqn=key, index=None)] = _stored(parts[0])
             continue
         assert_tiles(key, parts)
-        described[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=getattr(torch, parts[0].dtype)),
-            size=torch.Size(shape),
-            chunks=[ChunkStorageMetadata(torch.Size(r.offset), torch.Size(r.size)) for r in parts],
+        properties = (Dtype(parts[0].dtype), _STRIDED, False, _CONTIGUOUS, False)
+        offsets = [_size(r.offset) for r in parts]
+        chunks = [
+            _dcp("ChunkStorageMetadata", offsets=o, sizes=_size(r.size)) for o, r in zip(offsets, parts, strict=True)
+        ]
+        described[key] = _dcp(
+            "TensorStorageMetadata",
+            properties=torch_zip.Made(_DCP, "TensorProperties", state=properties),
+            size=_size(shape),
+            chunks=chunks,
         )
-        for i, r in enumerate(parts):
-            stored[MetadataIndex(key, torch.Size(r.offset), i)] = _StorageInfo(r.file, r.start, r.length)
-    return Metadata(state_dict_metadata=described, planner_data={}, storage_data=stored, storage_meta=StorageMeta())
+        for i, (offset, r) in enumerate(zip(offsets, parts, strict=True)):
+            stored[_dcp("MetadataIndex", fqn=key, index=i, offset=offset)] = _stored(r)
+    value = _dcp(
+        "Metadata",
+        state_dict_metadata=described,
+        planner_data={},
+        storage_data=stored,
+        storage_meta=_dcp("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[]),
+        version=None,
+    )
+    return torch_zip.pickled(value)
+
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_STRIDED = torch_zip.Made("torch.serialization", "_get_layout", ("torch.strided",))
+_CONTIGUOUS = torch_zip.Made(_DCP, "_MEM_FORMAT_ENCODING", (0,))
+
+
+def _dcp(name: str, **fields: Any) -> torch_zip.Made:
+    return torch_zip.Made(_DCP, name, state=fields or None)
+
+
+def _size(shape: Sequence[int]) -> torch_zip.Made:
+    return torch_zip.Made("torch", "Size", (tuple(shape),))
+
+
+def _stored(r: Record) -> torch_zip.Made:
+    where = {"relative_path": r.file, "offset": r.start, "length": r.length}
+    return torch_zip.Made("torch.distributed.checkpoint.filesystem", "_StorageInfo", state=where)
 
 
 def assert_tiles(key: str, parts: Sequence[Record]) -> None:
@@ -267,31 +293,53 @@ class Folder:
         path = self.path / METADATA
         if not path.is_file():
             raise UsageError(f"`{self.path}` is not a Megatron `torch_dist` checkpoint (no `{METADATA}`)")
-        if not (self.path / CONFIG).is_file():
-            raise UsageError(f"`{self.path}` is an unfinished save (no `{CONFIG}`)")
         with open(path, "rb") as file:
             value = unpickle.load(file, path)
+        self.original_shapes: dict[str, tuple[int, ...]] = {}
+        self.objects: dict[str, Record] = {}
         try:
             described = value.state_dict_metadata
-            stored: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+            self._check_backend(described)
+            stored: dict[str, dict[tuple[int, ...], Any]] = {}
             for index, info in value.storage_data.items():
-                stored.setdefault(index.fqn, []).append((tuple(getattr(index, "offset", None) or ()), info))
-            self.objects: dict[str, Record] = {}
+                stored.setdefault(index.fqn, {})[tuple(getattr(index, "offset", None) or ())] = info
+            for key, about in (getattr(value, "mcore_data", None) or {}).items():
+                if _ORIGINAL in about:
+                    self.original_shapes[key] = tuple(int(n) for n in about[_ORIGINAL])
             tensors = {}
             for key, about in described.items():
-                if not hasattr(about, "chunks"):
-                    if key in stored:
-                        info = stored[key][0][1]
-                        self.objects[key] = Record(
-                            key, None, (), (), "", info.relative_path, int(info.offset), int(info.length)
-                        )
-                    continue
-                tensors[key] = self._tensor(key, about, dict(stored[key]))
+                if hasattr(about, "chunks"):
+                    tensors[key] = self._tensor(key, about, stored.get(key, {}))
+                elif key in stored:
+                    info = next(iter(stored[key].values()))
+                    name = _inside(info.relative_path)
+                    self.objects[key] = Record(key, None, (), (), "", name, int(info.offset), int(info.length))
             return tensors
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
             raise UsageError(f"`{path}` is not the metadata of a distributed checkpoint: {error}") from None
 
-    def _tensor(self, key: str, about: Any, stored: dict[tuple[int, ...], Any]) -> Tensor:
+    def _check_backend(self, described: Mapping[str, Any]) -> None:
+        """That the save finished, and as Megatron's `torch_dist`.
+
+        Raises:
+            UsageError: not; says which.
+        """
+        path = self.path / CONFIG
+        if not path.is_file():
+            if any("/shard_" in key or key.endswith("word_embeddings.weight") for key in described):
+                raise UsageError(
+                    f"`{self.path}` is an unfinished save (no `{CONFIG}`, which Megatron writes last)",
+                    "use the newest whole checkpoint before it",
+                )
+            raise UsageError(f"`{self.path}` was saved by plain torch, not by Megatron (no `{CONFIG}`)")
+        try:
+            backend = json.loads(path.read_bytes()).get("sharded_backend")
+        except (OSError, ValueError, AttributeError):
+            raise UsageError(f"`{path}` is damaged") from None
+        if backend != BACKEND["sharded_backend"]:
+            raise UsageError(f"`{path}` says `sharded_backend: {backend}`, only `torch_dist` is read")
+
+    def _tensor(self, key: str, about: Any, stored: Mapping[tuple[int, ...], Any]) -> Tensor:
         shape = tuple(int(n) for n in about.size)
         properties = about.properties
         # Newer torch pickles the properties as a tuple, older ones as fields.
@@ -301,10 +349,12 @@ class Folder:
         chunks = []
         for part in about.chunks:
             offset, size = tuple(int(n) for n in part.offsets), tuple(int(n) for n in part.sizes)
+            if offset not in stored:
+                raise UsageError(f"`{self.path / METADATA}` does not say where `{key}` at {list(offset)} lies")
+            if len(offset) != len(shape) or len(size) != len(shape) or min((*offset, *size, *shape), default=0) < 0:
+                raise ValueError(f"a chunk of `{key}` does not fit its shape")
             info = stored[offset]
-            name = str(info.relative_path)
-            if Path(name).name != name:
-                raise ValueError(f"`{name}` lies outside the checkpoint")
+            name = _inside(info.relative_path)
             chunks.append(Record(key, shape, offset, size, str(dtype), name, int(info.offset), int(info.length)))
         return Tensor(key, shape, str(dtype), tuple(chunks))
 
@@ -318,33 +368,59 @@ class Folder:
                 raise UsageError(f"`{path}` cannot be read: {error}") from None
         return self._maps[name]
 
-    def _chunk(self, record: Record) -> torch.Tensor:
-        """The values of a chunk, mapped where possible: nothing is read before it is used."""
-        import torch
+    def located(self, record: Record) -> torch_zip.Stored:
+        """Where the values of a chunk lie in its file.
 
+        Raises:
+            UsageError: the file is cut off or damaged, or the record is not this chunk.
+        """
         data = self._map(record.file)
         where = f"{self.path / record.file}"
         end = record.start + record.length
-        if end > len(data):
+        if record.start < 0 or record.length < 0 or end > len(data):
             raise UsageError(
                 f"`{where}` has {len(data):,} bytes, `{record.key}` needs {end:,}: the file was cut off",
                 "use an older checkpoint; `cpt ckpt list` shows which are whole",
             )
-        view = memoryview(data)[record.start : end]
-        start, length = _payload(view, where)
+        archive = torch_zip.read(data, record.start, record.length, where)
+        value = archive.value
+        if not isinstance(value, unpickle.TensorRecord) or not value.is_contiguous:
+            raise UsageError(f"`{where}`: the record of `{record.key}` is not one plain tensor")
+        stored = archive.storages.get(value.storage.key)
+        needed = math.prod(record.size) * itemsize(record.dtype)
+        if stored is None or stored.length != needed or value.storage.dtype != record.dtype:
+            found = f"{stored.length:,} bytes of" if stored else "no"
+            raise UsageError(
+                f"`{where}`: `{record.key}` has {found} {value.storage.dtype}, wanted are {needed:,} of {record.dtype}"
+            )
+        return stored
+
+    def _chunk(self, record: Record) -> torch.Tensor:
+        """The values of a chunk, mapped where possible: nothing is read before it is used."""
+        import torch
+
         dtype = getattr(torch, record.dtype)
-        numel = math.prod(record.size)
-        if numel == 0:
+        stored = self.located(record)
+        if not stored.length:
             return torch.empty(record.size, dtype=dtype)
-        if length != numel * dtype.itemsize:
-            raise UsageError(f"`{where}`: `{record.key}` has {length:,} bytes instead of {numel * dtype.itemsize:,}")
         # Read-only memory: torch warns unless it is told; nothing here writes to it.
-        flat = _from_readonly(view[start : start + length], dtype)
-        return flat.view(record.size)
+        view = memoryview(self._map(record.file))[stored.start : stored.start + stored.length]
+        return _from_readonly(view, dtype).view(record.size)
 
     def close(self) -> None:
         """Let go of the mapped files."""
         self._maps.clear()
+
+
+def _inside(name: Any) -> str:
+    """The name of a file of the checkpoint.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    if Path(str(name)).name != str(name):
+        raise ValueError(f"`{name}` lies outside the checkpoint")
+    return str(name)
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -366,48 +442,3 @@ def _from_readonly(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.frombuffer(view, dtype=dtype)
-
-
-class _View(io.RawIOBase):
-    """A seekable file over a memoryview, without copying it."""
-
-    def __init__(self, view: memoryview) -> None:
-        self.view, self.at = view, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = max(0, offset + (0, self.at, len(self.view))[whence])
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self.view) if size is None or size < 0 else self.at + size
-        data = bytes(self.view[self.at : end])
-        self.at += len(data)
-        return data
-
-
-def _payload(record: memoryview, where: str) -> tuple[int, int]:
-    """Start and length of the values inside a `torch.save` record of one plainly stored tensor [bytes]."""
-    try:
-        archive = zipfile.ZipFile(_View(record))
-        names = archive.namelist()
-        tensor = unpickle.load(io.BytesIO(archive.read(next(n for n in names if n.endswith("data.pkl")))), where)
-        if not isinstance(tensor, unpickle.TensorRecord) or not tensor.is_contiguous:
-            raise UsageError(f"`{where}` holds a record that is not one plain tensor")
-        info = archive.getinfo(next(n for n in names if n.endswith(f"data/{tensor.storage.key}")))
-        if any(n.endswith("byteorder") and archive.read(n) != b"little" for n in names):
-            raise UsageError(f"`{where}` was written on a big-endian machine, which is not supported")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise UsageError(f"`{where}` holds compressed records, which are not supported")
-        name_length, extra_length = struct.unpack("<HH", record[info.header_offset + 26 : info.header_offset + 30])
-        return info.header_offset + 30 + name_length + extra_length, info.file_size
-    except (zipfile.BadZipFile, StopIteration, struct.error, OSError, EOFError) as error:
-        raise UsageError(f"`{where}` is damaged: {error or type(error).__name__}") from None

@@ -12,6 +12,7 @@ Storages follow one another in a stream, so their checksums come after them (a d
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import pickle
@@ -267,6 +268,24 @@ class _Global:
     name: str
 
 
+_named = functools.cache(_Global)  # one object for each name, so that a pickle names it once
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Made:
+    """A value of a class that is not imported here, or what a function of that name gives.
+
+    Args:
+        args: of the call; None = an object of the class with this state.
+        state: fields, or whatever the class's `__setstate__` takes; None = nothing.
+    """
+
+    module: str
+    name: str
+    args: tuple[Any, ...] | None = None
+    state: Any = None
+
+
 _STORAGES = {dtype: name for name, dtype in unpickle.STORAGE_DTYPES.items() if name != "UntypedStorage"}
 
 
@@ -282,9 +301,20 @@ class _Pickler(_PurePickler):
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, _Global):
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+            if id(obj) in self.memo:
+                self.write(self.get(self.memo[id(obj)][0]))
+            else:
+                self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+                self.memoize(obj)
+        elif isinstance(obj, Made):
+            self.save(_named(obj.module, obj.name))
+            self.save(obj.args or ())
+            self.write(pickle.NEWOBJ if obj.args is None else pickle.REDUCE)
+            if obj.state is not None:
+                self.save(obj.state)
+                self.write(pickle.BUILD)
         elif isinstance(obj, unpickle.Dtype):
-            self.save(_Global("torch", str(obj)))
+            self.save(_named("torch", str(obj)))
         elif isinstance(obj, Ref):
             self._tensor(obj)
         else:
@@ -299,9 +329,9 @@ class _Pickler(_PurePickler):
         for n in reversed(ref.shape):
             stride.append(step)
             step *= n
-        self.save(_Global("torch._utils", "_rebuild_tensor_v2"))
+        self.save(_named("torch._utils", "_rebuild_tensor_v2"))
         self.write(pickle.MARK)
-        self.save(("storage", _Global("torch", _STORAGES[ref.dtype]), str(ref.index), "cpu", numel))
+        self.save(("storage", _named("torch", _STORAGES[ref.dtype]), str(ref.index), "cpu", numel))
         self.write(pickle.BINPERSID)
         arguments: tuple[Any, ...] = (ref.offset, tuple(ref.shape), tuple(reversed(stride)), False, OrderedDict())
         for argument in arguments:
