@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from cpt.base.registry import Registry
 from cpt.checkpoint.arrays import OutFile
 from cpt.checkpoint.content import Content, Layout
+from cpt.checkpoint.layouts import pad_vocabulary
 from cpt.checkpoint.writing import FileSums
 
 OPTIMIZER_FORMS = ("fully_reshardable", "dp_reshardable", "plain", "none")
@@ -46,7 +47,8 @@ class Writing:
         spec: names of Transformer Engine (`te`) or of Megatron's own layers (`local`).
         dtype: of the model's weights, as torch spells it; None = as they are.
         keep_padding: write padding rows of the vocabulary into a Hugging Face folder too.
-        vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`.
+        vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`; None = rows of the vocabulary as the source has
+            them where tp divides them, else 128.
         file_bytes: size at which another file is begun [bytes].
         from_master: the optimizer's fp32 weights are the weights of a Hugging Face folder, as float32.
         sha256: note each file's SHA-256 too, where the format has a place for it.
@@ -57,10 +59,17 @@ class Writing:
     spec: str = "local"
     dtype: str | None = None
     keep_padding: bool = False
-    vocabulary_multiple: int = 128
+    vocabulary_multiple: int | None = None
     file_bytes: int = 2 << 30
     from_master: bool = False
     sha256: bool = False
+
+    def padded_vocab_size(self, content: Content) -> int:
+        """Rows of the vocabulary matrices of a Megatron checkpoint."""
+        given = content.padded_vocab_size
+        if self.vocabulary_multiple is None and given is not None and given % self.layout.tp == 0:
+            return given
+        return pad_vocabulary(content.model.vocab_size, self.vocabulary_multiple or 128, self.layout.tp)
 
     def weight_dtypes(self, content: Content) -> dict[str, str]:
         """Dtype of each atom's weight: `dtype` for those that have the dtype of most values, the others keep theirs."""
