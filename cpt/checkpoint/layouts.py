@@ -17,7 +17,8 @@ from cpt.checkpoint.mapping import EMBEDDING, OUTPUT, Fused
 from cpt.plan.types import ModelConfig
 
 SPECS = ("local", "te", "cpt")  # `cpt`: the layers of this project, which are named as Megatron's local ones
-# Where each tensor of a layer is registered, by the start of its canonical name (local layer spec).
+# Where each tensor of a layer is registered, by the start of its canonical name. Transformer Engine has the attention's
+# norm inside `linear_qkv`, which comes after `linear_proj`.
 _ORDER = (
     "self_attention.linear_qkv.layer_norm_",
     "self_attention.linear_proj.",
@@ -155,7 +156,7 @@ def held(
         for i in layers:
             prefix = f"decoder.layers.{i}."
             inside = [k for k in whole if k.startswith(prefix)]
-            keys += sorted(inside, key=lambda k: _position(k.removeprefix(prefix)))
+            keys += sorted(inside, key=lambda k: _position(k.removeprefix(prefix), spec))
         if is_last:
             keys += [k for k in whole if k.startswith("decoder.final_layernorm.")]
             keys += [OUTPUT] if OUTPUT in whole else []
@@ -225,10 +226,19 @@ def _expert(key: str) -> int:
     return int(key.split(".experts.experts.")[1].split(".")[0])
 
 
-def _position(name: str) -> tuple[int, int, str]:
-    place = next(i for i, start in enumerate(_ORDER) if name.startswith(start))
-    expert = int(name.split(".")[3]) if name.startswith("mlp.experts.") else 0
-    return place, expert, name.replace(".bias", ".~bias")  # a weight comes before its bias
+def _position(name: str, spec: str) -> tuple[int, int, str, bool]:
+    """Sorts the tensors of a layer into the order of registration."""
+    place, step = next(i for i, start in enumerate(_ORDER) if name.startswith(start)), 0
+    if spec == "te" and place == 0:
+        place, step = _ORDER.index("self_attention.linear_proj."), 1
+    module, _, kind = name.rpartition(".")
+    is_bias = kind.endswith("bias")  # a weight comes before its bias
+    if name.startswith("mlp.experts."):
+        expert, module = module.removeprefix("mlp.experts.experts.").split(".", 1)
+        if spec == "te":  # one module for all experts: all weights, then all biases
+            return place, step, module, is_bias
+        step = int(expert)
+    return place, step, module, is_bias
 
 
 def ranks(layout: Layout) -> Iterator[tuple[int, int, int]]:
