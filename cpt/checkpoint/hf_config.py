@@ -18,19 +18,24 @@ from cpt.plan.types import ModelConfig
 
 Json = Mapping[str, Any]
 
-# Names of `ModelConfig`'s fields in config.json; the first is written, all are read.
+# Names of `ModelConfig`'s fields in config.json; the first is written where none is there, all are read.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "num_attention_heads": ("num_attention_heads",),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "ffn_hidden_size": ("intermediate_size", "n_inner"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
     "num_query_groups": ("num_key_value_heads",),
     "head_dim": ("head_dim",),
     "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings",),
-    "norm_eps": ("rms_norm_eps", "layer_norm_eps"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
     "tie_embeddings": ("tie_word_embeddings",),
     "init_std": ("initializer_range",),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "moe_ffn_hidden_size": ("moe_intermediate_size",),
+    "moe_shared_ffn_hidden_size": ("shared_expert_intermediate_size",),
+    "moe_topk": ("num_experts_per_tok",),
+    "moe_norm_topk": ("norm_topk_prob",),
 }
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -38,6 +43,10 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 # What each family's implementation assumes for a key that its config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,12 +60,53 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "vocab_size": 151936},
     "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "vocab_size": 151936, "head_dim": 128},
     "gpt_neox": {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "vocab_size": 50432, "hidden_act": "gelu"},
+    "gpt2": {
+        "layer_norm_epsilon": 1e-5,
+        "n_positions": 1024,
+        "n_layer": 12,
+        "n_embd": 768,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "vocab_size": 32000,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e6,
+    },
+    "qwen2_moe": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "vocab_size": 151936,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "vocab_size": 151936,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _SCALING_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# Families with biases everywhere and LayerNorm; and those with experts.
+_BIASED, _EXPERTS = ("gpt_neox", "gpt2"), ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -85,7 +135,12 @@ def parse(config: Json, where: str = "config.json") -> ModelConfig:
     """
     family = config.get("model_type")
     if family not in _ARCHITECTURES:
-        raise unknown("`model_type`", family, _ARCHITECTURES)
+        error = unknown("`model_type`", family, _ARCHITECTURES)
+        raise UsageError(
+            f"{error.message} in `{where}`",
+            *error.hints,
+            "a family is a table of rules in `cpt/checkpoint/mapping.py` and its settings in `hf_config.py`",
+        )
     read = _Reader(config, family, where)
     problems = [*_refusals(read), *read.problems]
     if problems:
@@ -107,6 +162,14 @@ class _Reader:
         value = self.config.get(key)
         return _DEFAULTS[self.family].get(key, default) if value is None else value
 
+    def name(self, field: str) -> str:
+        """The key that a field has in this file, or would have in one of this family."""
+        names = _NAMES[field]
+        wanted = [n for n in names if self.config.get(n) is not None] + [
+            n for n in names if n in _DEFAULTS[self.family]
+        ]
+        return wanted[0] if wanted else names[0]
+
     def number(self, key: str, kind: Callable[[Any], Any], default: Any = None, above: float = 0) -> Any:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= above or kind(value) != value:
@@ -124,8 +187,8 @@ class _Reader:
             old = self.config.get("rope_scaling")
             rope = dict(old) if isinstance(old, dict) else {}
         rope.setdefault("rope_type", rope.pop("type", None) or "default")
-        base = self.config.get("rope_theta", self.config.get("rotary_emb_base", 10000.0))
-        rope.setdefault("rope_theta", 10000.0 if base is None else base)
+        base = self.config.get("rope_theta", self.config.get("rotary_emb_base"))
+        rope.setdefault("rope_theta", self.get("rope_theta", 10000.0) if base is None else base)
         share = self.config.get("partial_rotary_factor")
         if share is None:
             share = self.config.get("rotary_pct", 0.25) if self.family == "gpt_neox" else 1.0
@@ -160,17 +223,23 @@ def _refusals(read: _Reader) -> list[str]:
             refuse(key, "logits or attention are changed")
     for kind in set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
         found.append(f"`layer_types` with `{kind}` in `{read.where}` cannot be expressed")
-    if family == "gpt_neox":
-        if read.get("hidden_act") not in _GELU:
-            refuse("hidden_act", f"known are {', '.join(f'`{a}`' for a in _GELU)}")
+    if family in _BIASED:
+        act = "hidden_act" if family == "gpt_neox" else "activation_function"
+        if read.get(act) not in _GELU:
+            refuse(act, f"known are {', '.join(f'`{a}`' for a in _GELU)}")
         if config.get("attention_bias") is False:
             refuse("attention_bias", "biases are on all linear layers or on none")
+        if config.get("scale_attn_weights") is False:
+            refuse("scale_attn_weights", "attention is always scaled by the root of the head's size")
+        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            if config.get(key):
+                refuse(key, "attention is changed")
         return found
     if read.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "only `silu` can")
     if config.get("mlp_bias"):
         refuse("mlp_bias", "this family's MLP has no biases here")
-    if family in ("llama", "qwen3", "mistral") and config.get("attention_bias"):
+    if family not in ("qwen2", "qwen2_moe") and config.get("attention_bias"):
         refuse("attention_bias", "it puts a bias on the output projection too")
     if rope["partial_rotary_factor"] != 1.0:
         refuse("partial_rotary_factor", "this family rotates whole heads")
@@ -179,12 +248,16 @@ def _refusals(read: _Reader) -> list[str]:
 
 def _fields(read: _Reader) -> dict[str, Any]:
     config, family = read.config, read.family
-    is_neox = family == "gpt_neox"
-    heads = read.number("num_attention_heads", int)
-    hidden = read.number("hidden_size", int)
-    groups = heads if is_neox else read.number("num_key_value_heads", int, default=heads)
-    head_dim = hidden // heads if is_neox else read.number("head_dim", int, default=hidden // heads)
-    if (is_neox or config.get("head_dim") is None) and family != "qwen3" and hidden % heads:
+    biased = family in _BIASED
+
+    def number(field: str, default: int | None = None) -> int:
+        found: int = read.number(read.name(field), int, default=default)
+        return found
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    groups = heads if biased else number("num_query_groups", heads)
+    head_dim = hidden // heads if biased else number("head_dim", hidden // heads)
+    if (biased or config.get("head_dim") is None) and family != "qwen3" and hidden % heads:
         read.problems.append(f"`hidden_size: {hidden}` in `{read.where}` is no multiple of {heads} heads")
     if heads % groups:
         read.problems.append(f"{heads} heads in `{read.where}` do not divide into {groups} key-value heads")
@@ -192,41 +265,67 @@ def _fields(read: _Reader) -> dict[str, Any]:
     scaling = None
     if rope["rope_type"] != "default":
         scaling = {"rope_type": rope["rope_type"], **{k: rope[k] for k in _SCALING_KEYS[rope["rope_type"]]}}
-    ffn_default = 4 * hidden if is_neox else None
+    act = read.get("hidden_act") if family == "gpt_neox" else read.get("activation_function")
+    ffn = number("ffn_hidden_size", 4 * hidden if biased else None)
+    num_layers = number("num_layers")
     return {
         "family": family,
-        "num_layers": read.number("num_hidden_layers", int),
+        "num_layers": num_layers,
         "hidden_size": hidden,
-        "ffn_hidden_size": read.number("intermediate_size", int, default=ffn_default),
+        "ffn_hidden_size": ffn,
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "head_dim": head_dim,
-        "vocab_size": read.number("vocab_size", int),
+        "vocab_size": number("vocab_size"),
         "max_position_embeddings": _positions(read),
-        "norm_eps": read.number("layer_norm_eps" if is_neox else "rms_norm_eps", float),
+        "norm_eps": read.number(read.name("norm_eps"), float),
         "rope_theta": float(rope["rope_theta"]),
         "rope_scaling": scaling,
         "rotary_percent": float(rope["partial_rotary_factor"]),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "qkv_bias": is_neox or family == "qwen2",
-        "linear_bias": is_neox,
-        "qk_norm": family == "qwen3",
-        "normalization": "layernorm" if is_neox else "rmsnorm",
-        "activation": _GELU[read.get("hidden_act")] if is_neox else "swiglu",
-        "parallel_residual": is_neox and bool(config.get("use_parallel_residual", True)),
+        "tie_embeddings": bool(read.get("tie_word_embeddings", False)),
+        "qkv_bias": biased or family == "qwen2" or (family == "qwen2_moe" and bool(read.get("qkv_bias"))),
+        "linear_bias": biased,
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
+        "normalization": "layernorm" if biased else "rmsnorm",
+        "activation": _GELU[act] if biased else "swiglu",
+        "parallel_residual": family == "gpt_neox" and bool(config.get("use_parallel_residual", True)),
+        "position_embedding": "learned" if family == "gpt2" else "rope",
         "init_std": read.number("initializer_range", float, default=0.02),
+        **(_experts(read, num_layers, ffn) if family in _EXPERTS else {}),
     }
+
+
+def _experts(read: _Reader, num_layers: int, ffn: int) -> dict[str, Any]:
+    """Fields of a family with experts."""
+    is_mixtral = read.family == "mixtral"
+    found = {
+        "num_experts": read.number(read.name("num_experts"), int),
+        "moe_ffn_hidden_size": ffn if is_mixtral else read.number("moe_intermediate_size", int),
+        "moe_topk": read.number("num_experts_per_tok", int),
+        "moe_norm_topk": is_mixtral or bool(read.get("norm_topk_prob", False)),
+    }
+    if found["moe_topk"] > found["num_experts"]:
+        read.problems.append(
+            f"`num_experts_per_tok` in `{read.where}` is {found['moe_topk']} of {found['num_experts']} experts"
+        )
+    if read.family == "qwen2_moe":
+        found["moe_shared_ffn_hidden_size"] = read.number("shared_expert_intermediate_size", int)
+    if not is_mixtral:
+        step = read.number("decoder_sparse_step", int, default=1)
+        only = read.get("mlp_only_layers") or ()
+        found["moe_dense_layers"] = tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
+    return found
 
 
 def _positions(read: _Reader) -> int:
     """Longest sequence [tokens]: a sliding window bounds it, because up to its length attention is full."""
-    positions: int = read.number("max_position_embeddings", int)
+    positions: int = read.number(read.name("max_position_embeddings"), int)
     window = read.config.get("sliding_window")
-    used = read.config.get("use_sliding_window", read.family == "mistral")
+    used = read.config.get("use_sliding_window", read.family in ("mistral", "mixtral"))
     types = read.config.get("layer_types")
     if types is not None:
         used = "sliding_attention" in types
-    return min(positions, int(window)) if used and window else positions
+    return min(positions, int(window)) if used and window and read.family != "gpt2" else positions
 
 
 def write_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -250,7 +349,7 @@ def write_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
             continue
         if name not in _NAMES:
             raise UsageError(f"a changed `{name}` cannot be written into the base's `config.json`")
-        config[next((n for n in _NAMES[name] if n in config), _NAMES[name][0])] = getattr(model, name)
+        config[_Reader(config, model.family, "config.json").name(name)] = getattr(model, name)
     return config | _dtype(config, dtype)
 
 
@@ -277,29 +376,48 @@ def source_dtype(model: ModelConfig) -> str:
 
 
 def config_for(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` for a model trained from scratch, in transformers 4's spelling, which 5 reads as well."""
-    config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[model.family]],
-        "model_type": model.family,
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
+    """A `config.json` for a model that came without one, in transformers 4's spelling, which 5 reads as well.
+
+    Raises:
+        UsageError: the family has no way to say it.
+    """
+    config: dict[str, Any] = {"architectures": [_ARCHITECTURES[model.family]], "model_type": model.family}
+    if model.family == "gpt2":
+        config |= {
+            "n_layer": model.num_layers,
+            "n_embd": model.hidden_size,
+            "n_inner": model.ffn_hidden_size,
+            "n_head": model.num_attention_heads,
+            "n_positions": model.max_position_embeddings,
+            "activation_function": "gelu" if model.activation == "gelu" else "gelu_new",
+            "layer_norm_epsilon": model.norm_eps,
+        }
+    else:
+        config |= {
+            "num_hidden_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.ffn_hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+            "max_position_embeddings": model.max_position_embeddings,
+        }
+    config |= {
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
     }
     if model.family == "gpt_neox":
-        return config | {
+        config |= {
             "layer_norm_eps": model.norm_eps,
             "hidden_act": "gelu" if model.activation == "gelu" else "gelu_new",
             "rotary_pct": model.rotary_percent,
             "rotary_emb_base": model.rope_theta,
             "use_parallel_residual": model.parallel_residual,
         }
+        return config | ({"rope_scaling": dict(model.rope_scaling)} if model.rope_scaling else {})
+    if model.family == "gpt2":
+        return config
     config |= {
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.head_dim,
@@ -310,10 +428,29 @@ def config_for(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     }
     if model.family == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
-    if model.family == "mistral":
+    if model.family in ("mistral", "mixtral"):
         config |= {"sliding_window": None}
-    if model.family == "qwen2":
+    if model.family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         config |= {"use_sliding_window": False}
-    if model.family == "qwen3":
-        config |= {"attention_bias": False, "use_sliding_window": False}
-    return config
+    if model.family in ("qwen3", "qwen3_moe"):
+        config |= {"attention_bias": False}
+    return config | _experts_for(model)
+
+
+def _experts_for(model: ModelConfig) -> dict[str, Any]:
+    """The keys of a family with experts."""
+    if model.family == "mixtral":
+        return {"num_local_experts": model.num_experts, "num_experts_per_tok": model.moe_topk}
+    if model.family not in _EXPERTS:
+        return {}
+    made = {
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.moe_topk,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "norm_topk_prob": model.moe_norm_topk,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(model.moe_dense_layers),
+    }
+    if model.family == "qwen2_moe":
+        made |= {"shared_expert_intermediate_size": model.moe_shared_ffn_hidden_size, "qkv_bias": model.qkv_bias}
+    return made

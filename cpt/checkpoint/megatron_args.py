@@ -97,7 +97,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": _PLAIN
     | {"qkv_bias": False, "qk_norm": False, "experts": True, "shared": False}
     | {"dense": False, "moe_norm_topk": True},
-    "qwen2_moe": _PLAIN | {"qkv_bias": True, "qk_norm": False, "experts": True, "shared": True},
+    "qwen2_moe": _PLAIN | {"qk_norm": False, "experts": True, "shared": True},
     "qwen3_moe": _PLAIN | {"qkv_bias": False, "qk_norm": True, "experts": True, "shared": False},
     "gpt2": _BIASED | {"position_embedding": "learned", "gelu": True, "parallel_residual": False},
     "gpt_neox": _BIASED | {"position_embedding": "rope", "gelu": True},
@@ -429,7 +429,10 @@ def _model(args: Args, said: Mapping[str, _Said], where: str) -> ModelConfig:
             f"the arguments of `{where}` have {heads} heads, which do not divide into "
             f"`num_query_groups: {values['num_query_groups']}`"
         )
-    return ModelConfig(family=_family(args, values, where), **values)
+    family = _family(args, values, where)
+    if family == "mixtral":  # no layer of it has another MLP
+        values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
+    return ModelConfig(family=family, **values)
 
 
 def _family(args: Args, values: Mapping[str, Any], where: str) -> str:

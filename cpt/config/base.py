@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpt.base.errors import UsageError
+from cpt.base.errors import PlanError, UsageError
 from cpt.base.files import canonical_json, hash_text, read_json
 from cpt.base.registry import nearest
+from cpt.plan.check import CONVERT_HINT, why_not_trained
 from cpt.plan.types import Lr, ModelConfig, from_json
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def find(text: str, at: int | str | None, format_: str, cwd: Path, runs: Path) -
 
     Raises:
         UsageError: there is none, or it cannot be read.
+        PlanError: the engine has no layers for its model.
     """
     path = (cwd / Path(text).expanduser()).resolve()
     if not path.is_dir() and "/" not in text and (runs / text).is_dir():
@@ -83,6 +85,8 @@ def _hf(path: Path, text: str) -> Checkpoint:
             "save them as `.safetensors` with transformers: `model.save_pretrained(folder)`",
         )
     model = hf_config.read_config(path)
+    if why := why_not_trained(model):
+        raise PlanError(f"`{text}`: {why}", CONVERT_HINT)
     weights = [f for f in files if f.suffix == ".safetensors"]
     identity = hash_text(canonical_json([read_json(path / "config.json"), [_content(f) for f in weights]]))
     tokenizer = path if (path / "tokenizer.json").is_file() else None

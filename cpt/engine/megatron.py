@@ -33,6 +33,7 @@ from cpt.base.errors import PlanError
 from cpt.engine import device, optimizer, weights
 from cpt.engine.layers import Model
 from cpt.engine.ports import Engine
+from cpt.plan.check import CONVERT_HINT, why_not_trained
 from cpt.plan.types import ModelConfig, Optimizer, Parallel
 
 VOCABULARY_MULTIPLE = 128
@@ -155,7 +156,12 @@ def build(
         precision: fp32, or bf16 with fp32 main weights and gradients.
         optimizer: None builds a model for evaluation: no DDP, no gradient buffers.
         recompute: none | selective | full.
+
+    Raises:
+        PlanError: there are no layers for such a model.
     """
+    if why := why_not_trained(model):
+        raise PlanError(why, CONVERT_HINT)
     config = transformer_config(model, parallel, precision=precision, recompute=recompute)
     where = device.install()
     rows = padded_vocab_size(model.vocab_size, parallel.tp)

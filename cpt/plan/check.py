@@ -48,6 +48,21 @@ class Outside:
     other_tokenizer: OtherTokenizer | None = None
 
 
+def why_not_trained(model: ModelConfig) -> str | None:
+    """Why the engine has no layers for a model; None when it has."""
+    what = None
+    if model.num_experts:
+        what = "experts"
+    elif model.position_embedding != "rope":
+        what = "learned position embeddings"
+    if what is None:
+        return None
+    return f"models of the family `{model.family}` cannot be trained here yet: there are no layers with {what}"
+
+
+CONVERT_HINT = "`cpt convert-ckpt` converts its checkpoints between formats"
+
+
 def check(plan: RunPlan, outside: Mapping[str, Outside], num_devices: int | None = None) -> None:
     """Refuse a plan that cannot be run.
 

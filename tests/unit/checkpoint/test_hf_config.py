@@ -52,6 +52,30 @@ NEOX: dict[str, Any] = {
     "rotary_emb_base": 10000,
     "use_parallel_residual": True,
 }
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_layer": 3,
+    "n_embd": 48,
+    "n_head": 4,
+    "n_inner": None,
+    "n_positions": 96,
+    "vocab_size": 301,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-05,
+    "torch_dtype": "float32",
+    "summary_type": "cls_index",
+}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 12}
+QWEN_MOE = LLAMA | {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+}
+QWEN2_MOE = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 56}
+QWEN3_MOE = QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 12}
 
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -98,9 +122,49 @@ def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], mes
 
 
 def test_an_unknown_family_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="unknown `model_type` `qwen4`") as error:
+    with pytest.raises(UsageError, match=r"unknown `model_type` `qwen4` in `config.json`") as error:
         parse(LLAMA | {"model_type": "qwen4"})
     assert "qwen" in error.value.hints[0]
+
+
+def test_gpt2s_own_names_and_defaults_are_read() -> None:
+    model = parse(GPT2)
+    assert (model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.head_dim) == (48, 192, 4, 12)
+    assert (model.max_position_embeddings, model.norm_eps, model.tie_embeddings) == (96, 1e-5, True)
+    assert (model.activation, model.position_embedding, model.linear_bias) == ("gelu_tanh", "learned", True)
+    assert parse({"model_type": "gpt2"}).num_parameters == 124_439_808
+    untied = dataclasses.replace(model, tie_embeddings=False, vocab_size=384)
+    assert write_config(untied, "float32") == GPT2 | {"tie_word_embeddings": False, "vocab_size": 384}
+
+
+def test_experts_are_read_in_every_spelling() -> None:
+    mixtral = parse(MIXTRAL)
+    assert (mixtral.num_experts, mixtral.moe_topk, mixtral.moe_norm_topk) == (6, 3, True)
+    assert mixtral.moe_ffn_hidden_size == mixtral.ffn_hidden_size == 172 and not mixtral.moe_dense_layers
+    qwen2, qwen3 = parse(QWEN2_MOE), parse(QWEN3_MOE)
+    # Every second layer has experts, of which layer 3 is told not to.
+    assert qwen2.moe_dense_layers == qwen3.moe_dense_layers == (0, 2, 3, 4)
+    assert (qwen2.moe_shared_ffn_hidden_size, qwen2.qkv_bias, qwen2.moe_norm_topk) == (56, True, False)
+    assert (qwen3.moe_shared_ffn_hidden_size, qwen3.qk_norm, qwen3.head_dim) == (0, True, 12)
+    renamed = without(QWEN3_MOE, "num_experts") | {"num_local_experts": 6}
+    assert dataclasses.replace(parse(renamed), hf_config=None) == dataclasses.replace(qwen3, hf_config=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "`scale_attn_by_inverse_layer_idx: True`"),
+        (GPT2 | {"scale_attn_weights": False}, "`scale_attn_weights: False`"),
+        (GPT2 | {"add_cross_attention": True}, "`add_cross_attention: True`"),
+        (GPT2 | {"activation_function": "gelu_fast"}, "`activation_function: gelu_fast`"),
+        (QWEN3_MOE | {"attention_bias": True}, "`attention_bias: True`"),
+        (MIXTRAL | {"num_experts_per_tok": 7}, "7 of 6 experts"),
+        (QWEN2_MOE | {"num_experts": 0}, "`num_experts` .* is `0`"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(config)
 
 
 def test_several_problems_are_reported_together() -> None:
@@ -121,7 +185,18 @@ def test_a_sliding_window_bounds_the_sequence_length() -> None:
     assert write_config(parse(mistral), "bfloat16") == mistral
 
 
-@pytest.mark.parametrize("config", [LLAMA, NEOX | {"dtype": "float32"}, LLAMA | {"rope_scaling": LLAMA3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        NEOX | {"dtype": "float32"},
+        LLAMA | {"rope_scaling": LLAMA3},
+        GPT2,
+        MIXTRAL,
+        QWEN2_MOE,
+        without(QWEN3_MOE, "num_experts") | {"num_local_experts": 6},
+    ],
+)
 def test_an_unchanged_config_is_written_back_verbatim(config: dict[str, Any]) -> None:
     dtype = config.get("dtype") or config["torch_dtype"]
     written = write_config(parse(config), dtype)
@@ -141,7 +216,8 @@ def test_only_what_changed_is_changed() -> None:
 
 
 def test_a_config_of_a_model_from_scratch_reads_as_that_model() -> None:
-    for config in (LLAMA, NEOX, LLAMA | {"model_type": "qwen3"}, LLAMA | {"rope_scaling": LLAMA3}):
+    others = (GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu"})
+    for config in (LLAMA, NEOX, LLAMA | {"model_type": "qwen3"}, LLAMA | {"rope_scaling": LLAMA3}, *others):
         model = dataclasses.replace(parse(config), hf_config=None)
         assert dataclasses.replace(parse(config_for(model)), hf_config=None) == model
 

@@ -43,7 +43,7 @@ MODELS: dict[str, ModelConfig] = {
     "mistral": dataclasses.replace(PLAIN, family="mistral"),
     "qwen2": dataclasses.replace(PLAIN, family="qwen2", qkv_bias=True, tie_embeddings=True),
     "qwen3": dataclasses.replace(PLAIN, family="qwen3", qk_norm=True),
-    "mixtral": dataclasses.replace(PLAIN, family="mixtral", **EXPERTS),
+    "mixtral": dataclasses.replace(PLAIN, family="mixtral", ffn_hidden_size=40, **EXPERTS),
     "qwen2_moe": dataclasses.replace(
         PLAIN, family="qwen2_moe", qkv_bias=True, **EXPERTS, moe_shared_ffn_hidden_size=56, moe_dense_layers=(0, 3)
     ),

@@ -203,6 +203,21 @@ def test_the_base_is_known_by_content_not_by_its_folder(project: Path) -> None:
     assert plan("base=other").base.identity != plan().base.identity
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": 16, "n_head": 2},
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    ],
+)
+def test_a_base_that_can_only_be_converted_is_refused_in_the_plan(project: Path, config: dict[str, object]) -> None:
+    write_base(project / "other", **config)
+    with pytest.raises(CptError) as error:
+        plan("base=other")
+    assert f"models of the family `{config['model_type']}` cannot be trained here yet" in error.value.message
+    assert "`cpt convert-ckpt`" in error.value.hints[0]
+
+
 def test_model_is_compared_with_the_base(project: Path) -> None:
     assert "`model.num_layers` is `3`, but the base checkpoint has `4`" in errors("+model={num_layers: 3}")
     assert plan("+model={num_layers: 4}").id == plan().id
