@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def test_counts_are_those_of_numpy_however_the_values_are_cut(dtype: str, seed: 
         )
     whole = Seen(dtype)
     edges = sorted({0, *cuts, 2000})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         one = Seen(dtype)
         one.add(values[start:stop], start)
         whole.join(one)
