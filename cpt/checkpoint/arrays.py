@@ -300,11 +300,31 @@ def convert(values: Matrix, given: str, wanted: str) -> Matrix:
     return converted
 
 
-class Files:
-    """Opens files as memory maps and reads rectangles out of them."""
+def changed_by_rounding(values: Matrix, given: str, wanted: str) -> int:
+    """How many values are other ones in another dtype. NaN stays NaN, whatever its bits."""
+    if itemsize(given) < itemsize(wanted) or given == wanted:
+        return 0
+    if (given, wanted) == ("float32", "bfloat16"):
+        bits = values.view(np.uint32)
+        cut = (bits & 0xFFFF) != 0
+        return int(np.count_nonzero(cut & ((bits & 0x7FFFFFFF) <= 0x7F800000)))
+    kind = "float32" if given == "bfloat16" else given  # whose values numpy can compare
+    before = convert(values, given, kind)
+    after = convert(convert(values, given, wanted), wanted, kind)
+    return int(np.count_nonzero((after != before) & ~((after != after) & (before != before))))
 
-    def __init__(self) -> None:
+
+class Files:
+    """Opens files as memory maps and reads rectangles out of them.
+
+    Args:
+        count_rounded: whether `rounded` is kept: values that reading in another dtype has changed.
+    """
+
+    def __init__(self, count_rounded: bool = False) -> None:
         self._maps: dict[str, mmap.mmap | bytes] = {}
+        self.count_rounded = count_rounded
+        self.rounded = 0
 
     def map(self, file: str) -> mmap.mmap | bytes:
         """A whole file's bytes, mapped.
@@ -345,6 +365,8 @@ class Files:
             if top >= bottom or left >= right:
                 continue
             view = self.view(p, array.dtype)[top - p.row : bottom - p.row, left - p.column : right - p.column]
+            if self.count_rounded and array.dtype != dtype:
+                self.rounded += changed_by_rounding(view, array.dtype, dtype)
             out[top - row : bottom - row, left - column : right - column] = convert(view, array.dtype, dtype)
 
     def fill(self, segment: Segment, first: int, last: int, array_of: Any, out: Matrix, dtype: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cpt.base.errors import UsageError
 from cpt.checkpoint.arrays import CARRIERS, Array, Crc, Files, OutFile, Payload, itemsize
 from cpt.checkpoint.content import MODEL, Content
 
@@ -97,7 +98,10 @@ def blocks(payload: Payload, content: Content, files: Files, buffer: np.ndarray[
             last = min(first + rows, segment.rows)
             count = (last - first) * segment.columns
             out = buffer[: count * width].view(carrier).reshape(last - first, segment.columns)
-            files.fill(segment, first, last, array_of, out, payload.dtype)
+            try:
+                files.fill(segment, first, last, array_of, out, payload.dtype)
+            except UsageError as error:
+                raise UsageError(f"`{payload.name}`: {error.message}", *error.hints) from None
             yield out.reshape(-1)
 
 
