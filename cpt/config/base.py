@@ -11,43 +11,54 @@ from cpt.base.errors import PlanError, UsageError
 from cpt.base.files import canonical_json, hash_text, read_json
 from cpt.base.registry import nearest
 from cpt.plan.check import CONVERT_HINT, why_not_trained
-from cpt.plan.types import Lr, ModelConfig, from_json
+from cpt.plan.types import Conversion, Lr, ModelConfig, from_json
 
 if TYPE_CHECKING:
     from cpt.schedules.join import ParentLr
 
 _SLICE = 1 << 16  # bytes read at each of a few places of a weight file
 _PLACES = 16
+SPELLED = {
+    "hf": "Hugging Face format with pickled weights",
+    "torch_dist": "Megatron's torch_dist format",
+    "megatron": "Megatron's per-rank format",
+    "atom": "atom format",
+    "ds-universal": "DeepSpeed universal format",
+}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk."""
+    """A checkpoint on disk, or one that a conversion will make."""
 
     kind: str  # hf | native
-    path: Path  # the folder of the weights: a Hugging Face folder, or an `iter_*` folder
+    path: Path  # a Hugging Face folder, an `iter_*` folder, or the folder that a conversion makes
     identity: str
     model: ModelConfig
     tokenizer: Path | None = None  # folder or file; None: not beside the weights
     tokenizer_hash: str | None = None  # as the manifest says
     holds: tuple[str, ...] = ("weights",)  # what `keep` can take from it
     lr: ParentLr | None = None
+    conversion: Conversion | None = None  # that makes `path` first
 
 
-def find(text: str, at: int | str | None, format_: str, cwd: Path, runs: Path) -> Checkpoint:
-    """The checkpoint that a person named: a Hugging Face folder, a checkpoint, a stage or a run.
+def find(
+    text: str, at: int | str | None, format_: str, cwd: Path, runs: Path, cache: Path, config: str | None = None
+) -> Checkpoint:
+    """The checkpoint that a person named: a Hugging Face folder, a stage, a run, or a checkpoint of any known format.
 
     Args:
         text: as typed.
         at: a step, for a folder with several checkpoints.
-        format_: auto | hf | native.
+        format_: auto, or what the folder must be.
         cwd: what a relative path is relative to.
         runs: folder of runs, for the name of a run.
+        cache: where a checkpoint of another format is converted to.
+        config: Hugging Face folder that says what the model of a Megatron checkpoint is.
 
     Raises:
         UsageError: there is none, or it cannot be read.
-        PlanError: the engine has no layers for its model.
     """
     path = (cwd / Path(text).expanduser()).resolve()
     if not path.is_dir() and "/" not in text and (runs / text).is_dir():
@@ -57,9 +68,64 @@ def find(text: str, at: int | str | None, format_: str, cwd: Path, runs: Path) -
     is_hf = (path / "config.json").is_file()
     if format_ == "hf" and not is_hf:
         raise UsageError(f"`{text}` is not a Hugging Face folder: it has no `config.json`")
-    if is_hf and format_ != "native":
+    if is_hf and format_ in ("auto", "hf"):
+        if not any(path.glob("*.safetensors")) and any(path.glob("pytorch_model*.bin")):
+            return _converted(path, None, "hf", cache, None)
         return _hf(path, text)
-    return _native(path, text, at)
+    if format_ == "native" or (format_ == "auto" and _is_native(path)):
+        return _native(path, text, at)
+    own = None if config is None else (cwd / Path(config).expanduser()).resolve()
+    return _converted(path, at if isinstance(at, int) else None, format_, cache, own)
+
+
+def _is_native(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, or holds some, or is a run without any yet."""
+    from cpt.checkpoint import manifest, store
+
+    if (path / manifest.NAME).is_file() or (path / "plan.json").is_file() or (path / "stages").is_dir():
+        return True
+    return any(
+        (f / manifest.NAME).is_file() for folder in store.checkpoint_folders(path) for _, f in store.steps(folder)
+    )
+
+
+def _converted(path: Path, step: int | None, format_: str, cache: Path, config: Path | None) -> Checkpoint:
+    """A checkpoint of another format: what it holds, and the conversion that a run begins with."""
+    from cpt.checkpoint.content import MODEL
+    from cpt.checkpoint.find import find as find_any
+    from cpt.checkpoint.find import known
+    from cpt.checkpoint.formats import Reading
+
+    found = find_any(path, step)
+    if format_ not in ("auto", found.format):
+        raise UsageError(f"`{found.folder}` is of format `{found.format}`, not `{format_}`")
+    content = known()[found.format].open(found.folder, Reading(config=config))
+    files = [f for f in sorted(found.folder.rglob("*")) if f.is_file()]
+    identity = content.id or hash_text(
+        canonical_json([[str(f.relative_to(found.folder)), *_content(f)] for f in files])
+    )
+    weights = sum(content.array(name, MODEL).nbytes for name in content.atoms)
+    states = sum(a.nbytes for atom in content.atoms.values() for k, a in atom.states.items() if k != MODEL)
+    layout = f", {content.layout}" if content.layout is not None else ""
+    conversion = Conversion(
+        source=str(found.folder),
+        format=found.format,
+        shown=f"{SPELLED[found.format]}{layout}",
+        bytes=weights + states,
+        identity=identity,
+        config=None if config is None else str(config),
+    )
+    holds = ("weights", "optimizer") if content.has_optimizer else ("weights",)
+    tokenizer = content.files.get("tokenizer.json")
+    return Checkpoint(
+        kind="native",
+        path=cache / "checkpoints" / identity[:32],
+        identity=identity,
+        model=content.model,
+        tokenizer=tokenizer.parent if tokenizer is not None else None,
+        holds=holds,
+        conversion=conversion,
+    )
 
 
 def _no_folder(text: str, path: Path) -> UsageError:
@@ -79,11 +145,6 @@ def _hf(path: Path, text: str) -> Checkpoint:
     files = sorted({f for pattern in _WEIGHTS for f in path.glob(pattern)})
     if not files:
         raise UsageError(f"`{text}` has a `config.json` but no weights", "`*.safetensors` files are wanted beside it")
-    if not any(f.suffix == ".safetensors" for f in files):
-        raise UsageError(
-            f"`{text}` has its weights as pickled files, which can run code when they are read",
-            "save them as `.safetensors` with transformers: `model.save_pretrained(folder)`",
-        )
     model = hf_config.read_config(path)
     if why := why_not_trained(model):
         raise PlanError(f"`{text}`: {why}", CONVERT_HINT)

@@ -202,8 +202,11 @@ def _expand_laws(work: _Work, known: Mapping[str, Mapping[str, Any]]) -> None:
     """Proxies of law stages as stages of their own, and the values that laws give."""
 
     def sizes(name: str, law: Mapping[str, Any], target: str | None) -> list[Size]:
-        others = [bases.find(text, None, "auto", work.cwd, work.runs) for text in law.get("bases") or ()]
-        found = [Size(size_label(c.model.num_parameters), str(c.path)) for c in others]
+        others = [bases.find(text, None, "auto", work.cwd, work.runs, work.cache) for text in law.get("bases") or ()]
+        found = [
+            Size(size_label(c.model.num_parameters), c.conversion.source if c.conversion else str(c.path))
+            for c in others
+        ]
         start = law.get("from") or (None if found else work.values["stages"].get(target, {}).get("from", "base"))
         if start is not None:
             scratch = start == "base" and (work.values.get("base") or {}).get("checkpoint") == "scratch"
@@ -272,11 +275,13 @@ def _base(work: _Work) -> bases.Checkpoint | None:
             work.errors.append(UsageError("`base` is missing", "`base=/models/my-base`, or `base=scratch`"))
         return None
     if text == "scratch":
-        if given.get("format", "auto") != "auto":
-            work.errors.append(UsageError("`base.format` would have no effect: the base is `scratch`"))
+        for key in ("format", "config"):
+            if given.get(key, "auto") not in ("auto", None):
+                work.errors.append(UsageError(f"`base.{key}` would have no effect: the base is `scratch`"))
         return None
     with work.catching("`base.checkpoint`: "):
-        return bases.find(text, None, given.get("format", "auto"), work.cwd, work.runs)
+        format_, config = given.get("format", "auto"), given.get("config")
+        return bases.find(text, None, format_, work.cwd, work.runs, work.cache, config)
     return None
 
 
@@ -347,7 +352,7 @@ def _stages(
         where = f"`stages.{name}`: "
         if parent.folder is not None:
             with work.catching(where):
-                outside[name] = bases.find(parent.folder, parent.at, "auto", work.cwd, work.runs)
+                outside[name] = bases.find(parent.folder, parent.at, "auto", work.cwd, work.runs, work.cache)
         scratch = parent.base and checkpoint is None
         target = (
             None
@@ -525,6 +530,11 @@ def _finish(
         sources=sources,
         data=options,
         stages=stages,
+        conversions={
+            str(c.path): c.conversion
+            for c in (*([checkpoint] if checkpoint is not None else []), *outside.values())
+            if c.conversion is not None
+        },
         tracking=to_json(complete(_section("tracking"), work.values.get("tracking") or {})),
         launcher={"name": name, **(to_json(dataclasses.asdict(made)) if dataclasses.is_dataclass(made) else {})},  # type: ignore[arg-type]
         cache=str(work.cache),

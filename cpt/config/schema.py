@@ -350,7 +350,14 @@ ROOT = Section(
                     REQUIRED,
                     refill="/models/my-base",
                 ),
-                "format": Key(kinds.choice("auto", "hf", "native"), "of the checkpoint", "auto"),
+                "format": Key(
+                    kinds.choice("auto", "hf", "native", "torch_dist", "megatron", "atom", "ds-universal"),
+                    "of the checkpoint; others than hf and native are converted first",
+                    "auto",
+                ),
+                "config": Key(
+                    kinds.text, "Hugging Face folder that says what the model of a Megatron checkpoint is", None
+                ),
             },
             short="checkpoint",
         ),

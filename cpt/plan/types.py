@@ -82,6 +82,18 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A checkpoint of another format that is made native before the first stage; see `cpt convert-ckpt`."""
+
+    source: str  # absolute folder of the checkpoint as it is
+    format: str  # of the source: megatron, torch_dist, atom, ds-universal, hf (pickled files)
+    shown: str  # format and layout in words
+    bytes: int  # that it takes on disk once converted
+    identity: str  # of the source's content
+    config: str | None = None  # Hugging Face folder that says what the model is
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """The tokenizer of a run: a `tokenizer.json`, or the order to train one."""
 
@@ -294,9 +306,10 @@ class RunPlan:
     sources: Mapping[str, Source]
     data: DataOptions
     stages: Mapping[str, StagePlan]  # in order of execution
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)  # by the folder that they make
     tracking: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, Any] = field(default_factory=dict)
-    cache: str = ""  # absolute folder of prepared corpora
+    cache: str = ""  # absolute folder of prepared corpora and converted checkpoints
     runs: str = ""  # absolute folder that holds the run folders
     config: Mapping[str, Any] = field(default_factory=dict)  # the composed recipe, for people (`plan.yaml`)
     notes: tuple[str, ...] = ()  # what the overrides do that may not be meant, one sentence each; changes nothing

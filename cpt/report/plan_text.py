@@ -52,6 +52,10 @@ def _head(plan: RunPlan) -> list[str]:
     lines.append(f"base    {_base(plan)}")
     lines.append(f"run     {plan.runs}/{plan.name}")
     lines.append(f"cache   {plan.cache}")
+    for folder, made in plan.conversions.items():
+        there = Path(folder).is_dir()
+        what = "converted already" if there else f"converted first, {show.show_bytes(made.bytes)}"
+        lines.append(f"convert {_place(plan, folder)}: {made.shown} → native, {what}")
     if not prepared:
         lines.append(
             f"data    not prepared yet: sizes with {ABOUT} are estimates, and the id will change; the run prepares it"
@@ -69,13 +73,16 @@ def _base(plan: RunPlan) -> str:
         tokenizer = plan.tokenizer
         own = f", tokenizer trained on {', '.join(tokenizer.train_on)}" if tokenizer.train_on else ""
         return f"scratch: {family}{shape}{own}"
+    path = plan.base.path or ""
     kind = {"hf": "Hugging Face format", "native": "native format"}[plan.base.kind]
-    return f"{_place(plan.base.path or '')}, {kind}, {shape}"
+    if path in plan.conversions:
+        kind = plan.conversions[path].shown
+    return f"{_place(plan, path)}, {kind}, {shape}"
 
 
-def _place(path: str) -> str:
+def _place(plan: RunPlan, path: str) -> str:
     """A checkpoint folder in short: its name, or run, stage and step of one of our own."""
-    folder = Path(path)
+    folder = Path(plan.conversions[path].source if path in plan.conversions else path)
     step = folder.name.removeprefix("iter_")
     if step.isdigit() and folder.parent.name == "checkpoints" and folder.parents[2].name == "stages":
         return show.plain(f"{folder.parents[3].name}/{folder.parents[1].name}@{int(step)}")
@@ -113,7 +120,7 @@ def _parent(plan: RunPlan, stage: StagePlan) -> str:
     """Where a stage starts and what it keeps, in words."""
     if stage.parent is None:
         return "scratch"
-    name = stage.parent if stage.parent == "base" or stage.parent in plan.stages else _place(stage.parent)
+    name = stage.parent if stage.parent == "base" or stage.parent in plan.stages else _place(plan, stage.parent)
     if stage.parent_at is not None:
         name = f"{name}@{stage.parent_at}"
     if stage.train is None:
