@@ -147,6 +147,7 @@ def groups(
     spec: str,
     dtype_of: Callable[[str], str],
     grad_dtype: str | None = None,
+    pad_rows: int | None = None,
 ) -> list[Group]:
     """Every model-parallel group of a model's optimizers with its buffers.
 
@@ -154,6 +155,7 @@ def groups(
         spec: layer spec; it decides the order of registration.
         dtype_of: dtype of a Megatron tensor of the model by its canonical key.
         grad_dtype: of gradients; None = that of the parameters.
+        pad_rows: padding rows of the vocabulary that are there to be taken (see `mapping.megatron_tensors`).
     """
     experts_apart = bool(model.num_experts) and layout.ep > 1
     found = []
@@ -165,7 +167,9 @@ def groups(
         for pp in range(layout.pp):
             for ep in range(eps):
                 for tp in range(tps):
-                    held = layouts.held(model, layout, padded_vocab_size, tp=tp, pp=pp, ep=ep, spec=spec)
+                    held = layouts.held(
+                        model, layout, padded_vocab_size, tp=tp, pp=pp, ep=ep, spec=spec, pad_rows=pad_rows
+                    )
                     if chain is not None:
                         held = [h for h in held if h.is_expert == (chain == 1)]
                     made = buffers(model, layout, held, pp=pp, dtype_of=dtype_of, grad_dtype=grad_dtype)

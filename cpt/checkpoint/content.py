@@ -123,6 +123,11 @@ class Content:
         """Whether moments are there."""
         return self.optimizer is not None
 
+    @property
+    def pad_rows(self) -> int:
+        """Padding rows of the vocabulary that are there."""
+        return max((a.pad_rows for a in self.atoms.values()), default=0)
+
     def array(self, atom: str, state: str, pad: bool = False) -> Array:
         """Where a state lies; the weight of a checkpoint without `model` is its `fp32`, to be rounded."""
         states = self.atoms[atom].pad if pad else self.atoms[atom].states

@@ -138,7 +138,15 @@ def _divisors(size: int) -> str:
 
 
 def held(
-    model: ModelConfig, layout: Layout, padded_vocab_size: int, *, tp: int, pp: int, ep: int = 0, spec: str = "local"
+    model: ModelConfig,
+    layout: Layout,
+    padded_vocab_size: int,
+    *,
+    tp: int,
+    pp: int,
+    ep: int = 0,
+    spec: str = "local",
+    pad_rows: int | None = None,
 ) -> list[Held]:
     """What one rank holds, in the order of registration; a tied output layer's copy on the last stage included.
 

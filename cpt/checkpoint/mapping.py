@@ -217,11 +217,14 @@ def sizes(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def megatron_tensors(model: ModelConfig, padded_vocab_size: int | None = None) -> dict[str, Fused]:
+def megatron_tensors(
+    model: ModelConfig, padded_vocab_size: int | None = None, *, pad_rows: int | None = None
+) -> dict[str, Fused]:
     """Every Megatron tensor of the model, whole, by name, in the order in which Megatron registers them by layer.
 
     Args:
         padded_vocab_size: rows of the vocabulary matrices; None = no padding rows.
+        pad_rows: padding rows that are there to be taken, further ones are zeros; None = all are there.
 
     Raises:
         UsageError: there are no rules for the family.
@@ -233,7 +236,11 @@ def megatron_tensors(model: ModelConfig, padded_vocab_size: int | None = None) -
         fills = tuple(_fills(model, rule, names, shape))
         if key in VOCABULARY and padded_vocab_size is not None and padded_vocab_size > shape[0]:
             extra = padded_vocab_size - shape[0]
-            fills += (Fill(names[0], shape[0], extra, 0, shape[1], pad=True),)
+            kept = extra if pad_rows is None else min(extra, pad_rows)
+            if kept:
+                fills += (Fill(names[0], shape[0], kept, 0, shape[1], pad=True),)
+            if kept < extra:
+                fills += (Fill(None, shape[0] + kept, extra - kept, 0, shape[1]),)
             shape = (padded_vocab_size, shape[1])
         made[key] = Fused(Tensor(key, shape, fills), rule.tp)
     return made
