@@ -25,7 +25,7 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import unpickle
-from cpt.checkpoint.arrays import Crc, Payload
+from cpt.checkpoint.arrays import Crc, Payload, itemsize
 
 _LOCAL, _CENTRAL, _DESCRIPTOR, _END = b"PK\3\4", b"PK\1\2", b"PK\7\10", b"PK\5\6"
 _END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
@@ -175,14 +175,14 @@ def _wide(extra: bytes, packed: int, plain: int, header: int) -> tuple[int, int,
 
 
 def parts(
-    value: Any, payloads: Sequence[Payload], *, first: int = 0, align: int = 64, root: str = "archive"
+    value: Any, payloads: Sequence[Payload | bytes], *, first: int = 0, align: int = 64, root: str = "archive"
 ) -> tuple[bytes | Payload | Crc, ...]:
     """A file as torch.save writes it: `torch.load(..., weights_only=True)` and `read` understand it.
 
     Args:
         value: of plain Python values, OrderedDict and Namespace; tensors in it are `Ref`, dtypes `unpickle.Dtype`.
-        payloads: the storages, by the number that `Ref.index` names.
-        first: number of payloads that come before this archive in the same file.
+        payloads: the storages, by the number that `Ref.index` names; small ones may be given as bytes.
+        first: number of payloads (not of bytes) that come before this archive in the same file.
         align: storages start at multiples of this, counted from the archive's start [bytes].
     """
     made: list[bytes | Payload | Crc] = []
@@ -231,7 +231,11 @@ def parts(
     for name, content in (("data.pkl", pickled(value, payloads)), ("byteorder", b"little")):
         member(name, content, zlib.crc32(content))
     for i, payload in enumerate(payloads):
-        member(f"data/{i}", payload, Crc(first + i))
+        if isinstance(payload, bytes):
+            member(f"data/{i}", payload, zlib.crc32(payload))
+        else:
+            member(f"data/{i}", payload, Crc(first))
+            first += 1
     member("version", b"3\n", zlib.crc32(b"3\n"))
 
     count, size = len(payloads) + 3, sum(4 if isinstance(part, Crc) else len(part) for part in directory)
@@ -255,7 +259,7 @@ def _joined(made: Sequence[bytes | Payload | Crc]) -> list[bytes | Payload | Crc
     return joined
 
 
-def pickled(value: Any, payloads: Sequence[Payload] = ()) -> bytes:
+def pickled(value: Any, payloads: Sequence[Payload | bytes] = ()) -> bytes:
     """The pickle of a value as torch writes it (protocol 2)."""
     out = io.BytesIO()
     _Pickler(out, payloads).dump(value)
@@ -295,7 +299,7 @@ _PurePickler: Any = pickle._Pickler  # in Python, so that what a name is can be 
 class _Pickler(_PurePickler):
     """Names torch's functions without importing torch."""
 
-    def __init__(self, file: io.BytesIO, payloads: Sequence[Payload]) -> None:
+    def __init__(self, file: io.BytesIO, payloads: Sequence[Payload | bytes]) -> None:
         super().__init__(file, protocol=2)
         self._payloads = payloads
 
@@ -322,9 +326,12 @@ class _Pickler(_PurePickler):
 
     def _tensor(self, ref: Ref) -> None:
         payload = self._payloads[ref.index]
-        numel = sum(s.rows * s.columns for s in payload.segments)
-        assert payload.dtype == ref.dtype, f"{payload.name}: {payload.dtype} is not {ref.dtype}"
-        assert ref.offset + math.prod(ref.shape) <= numel, payload.name
+        if isinstance(payload, bytes):
+            numel = len(payload) // itemsize(ref.dtype)
+        else:
+            numel = sum(s.rows * s.columns for s in payload.segments)
+            assert payload.dtype == ref.dtype, f"{payload.name}: {payload.dtype} is not {ref.dtype}"
+        assert ref.offset + math.prod(ref.shape) <= numel, ref
         stride, step = [], 1
         for n in reversed(ref.shape):
             stride.append(step)

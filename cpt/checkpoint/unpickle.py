@@ -75,6 +75,36 @@ class Inert:
         return f"<{self.module}.{self.name}>"
 
 
+def fields(record: Any) -> dict[str, Any]:
+    """Fields of an object that was not rebuilt, such as a Namespace."""
+    own = vars(record) if isinstance(record, Inert) else {}
+    return {k: v for k, v in own.items() if k not in ("args", "state")}
+
+
+def plain(value: Any) -> Any:
+    """A value with what JSON can say of it: dtypes by name; entries that are of other kinds are left out.
+
+    Raises:
+        TypeError: the value itself is of another kind.
+    """
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if isinstance(k, str) and is_plain(v)}
+    if isinstance(value, list | tuple) and all(is_plain(v) for v in value):
+        return [plain(v) for v in value]
+    raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON can say a value, a mapping's entries aside."""
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, str | bool | int | float | dict)
+
+
 class Dtype(str):
     """Name of a torch dtype, such as `bfloat16`."""
 
@@ -115,6 +145,13 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
+    """A tensor that had attributes of its own: the tensor without them."""
+    if function is _rebuild_tensor or function is _rebuild_parameter:
+        return function(*arguments)
+    return Inert(function, kind, arguments, *rest)
+
+
 STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -143,6 +180,8 @@ class _Reader(pickle.Unpickler):
             return _rebuild_tensor
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
             return _rebuild_parameter
+        if module == "torch._tensor" and name == "_rebuild_from_type_v2":
+            return _rebuild_from_type
         return type(name.rsplit(".", 1)[-1] or "Inert", (Inert,), {"module": module, "name": name})
 
     def persistent_load(self, pid: Any) -> Any:
