@@ -8,13 +8,15 @@ all other axes together; a vector is one column.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -34,6 +36,7 @@ CARRIERS: dict[str, np.dtype[Any]] = {
     "bool": np.dtype("u1"),
 }
 Matrix = np.ndarray[tuple[int, int], np.dtype[Any]]
+ArrayOf = Callable[[str, bool], "Array"]
 
 
 def itemsize(dtype: str) -> int:
@@ -100,6 +103,9 @@ class Fill:
     at_column: int = 0
     pad: bool = False
     transposed: bool = False
+
+
+Box = TypeVar("Box", Fill, Place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +191,7 @@ def payload(tensor: Tensor, state: str, dtype: str) -> Payload:
 
 def crop(fills: Iterable[Fill], row: int, rows: int, column: int, columns: int) -> Iterator[Fill]:
     """The parts of fills inside a rectangle, placed relative to it."""
-    for f in fills:
+    for f in crossing(fills, row, row + rows):
         top, bottom = max(f.row, row), min(f.row + f.rows, row + rows)
         left, right = max(f.column, column), min(f.column + f.columns, column + columns)
         if top >= bottom or left >= right:
@@ -193,15 +199,48 @@ def crop(fills: Iterable[Fill], row: int, rows: int, column: int, columns: int) 
         down, across = top - f.row, left - f.column
         if f.transposed:
             down, across = across, down
-        yield replace(
-            f,
-            row=top - row,
-            rows=bottom - top,
-            column=left - column,
-            columns=right - left,
-            at_row=f.at_row + down,
-            at_column=f.at_column + across,
+        yield Fill(
+            f.atom,
+            top - row,
+            bottom - top,
+            left - column,
+            right - left,
+            f.at_row + down,
+            f.at_column + across,
+            f.pad,
+            f.transposed,
         )
+
+
+class _ByRows(Generic[Box]):
+    """Finds those of many rectangles that cross some rows. Holds the tuple, so that its `id` stays its own."""
+
+    def __init__(self, boxes: tuple[Box, ...]) -> None:
+        self.given: tuple[Box, ...] = boxes
+        self.boxes: list[Box] = sorted(boxes, key=lambda b: b.row)  # stable
+        self.tops: list[int] = [b.row for b in self.boxes]
+        self.bottoms: list[int] = list(itertools.accumulate((b.row + b.rows for b in self.boxes), max))
+
+    def crossing(self, first: int, last: int) -> list[Box]:
+        return self.boxes[bisect_right(self.bottoms, first) : bisect_left(self.tops, last)]
+
+
+_FEW = 8  # rectangles that are quicker looked at one by one
+_INDEXES: dict[int, _ByRows[Any]] = {}  # of tuples that were asked about lately, by id
+_MOST_INDEXES = 64
+
+
+def crossing(boxes: Iterable[Box], first: int, last: int) -> Iterable[Box]:
+    """Rectangles (fills, places) that may cross rows `first` to `last`: of many in a tuple, only those that do."""
+    if not isinstance(boxes, tuple) or len(boxes) <= _FEW:
+        return boxes
+    index = _INDEXES.get(id(boxes))
+    if index is None or index.given is not boxes:
+        if len(_INDEXES) >= _MOST_INDEXES:
+            del _INDEXES[next(iter(_INDEXES))]
+        index = _INDEXES[id(boxes)] = _ByRows(boxes)
+    found: list[Box] = index.crossing(first, last)
+    return found
 
 
 def part(tensor: Tensor, rows: Sequence[tuple[int, int]], columns: tuple[int, int] | None = None) -> Tensor:
@@ -286,13 +325,20 @@ def convert(values: Matrix, given: str, wanted: str) -> Matrix:
     if given == wanted:
         return values
     if given == "bfloat16":
-        widened = (values.astype(np.uint32) << 16).view(np.float32)
-        return convert(widened, "float32", wanted)
+        widened = values.astype(np.uint32)
+        widened <<= 16
+        return convert(widened.view(np.float32), "float32", wanted)
     if wanted == "bfloat16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        nan = np.isnan(bits.view(np.float32))
+        if nan.any():  # the largest ones became zeros
+            rounded[nan] = (bits[nan] >> 16) | 0x40
+        return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
         converted = values.astype(CARRIERS[wanted])
     if wanted == "float16" and bool((np.isinf(converted) & ~np.isinf(values)).any()):
@@ -359,7 +405,7 @@ class Files:
     def read(self, array: Array, row: int, column: int, out: Matrix, dtype: str) -> None:
         """Copy the rectangle at (row, column) of an array into `out`, in `dtype`."""
         rows, columns = out.shape
-        for p in array.places:
+        for p in crossing(array.places, row, row + rows):
             top, bottom = max(p.row, row), min(p.row + p.rows, row + rows)
             left, right = max(p.column, column), min(p.column + p.columns, column + columns)
             if top >= bottom or left >= right:
@@ -369,19 +415,52 @@ class Files:
                 self.rounded += changed_by_rounding(view, array.dtype, dtype)
             out[top - row : bottom - row, left - column : right - column] = convert(view, array.dtype, dtype)
 
-    def fill(self, segment: Segment, first: int, last: int, array_of: Any, out: Matrix, dtype: str) -> None:
-        """Make rows `first` to `last` of a segment.
+    def fill(
+        self, segment: Segment, first: int, last: int, array_of: ArrayOf, out: Matrix, dtype: str, column: int = 0
+    ) -> None:
+        """Make rows `first` to `last` of a segment, from a column on as many as `out` has.
 
         Args:
             array_of: gives the `Array` of (atom, whether its padding rows), in the state that is wanted.
         """
-        for f in crop(segment.fills, first, last - first, 0, segment.columns):
+        for f in crop(segment.fills, first, last - first, column, out.shape[1]):
             into = out[f.row : f.row + f.rows, f.column : f.column + f.columns]
             if f.atom is None:
                 into[...] = 0
                 continue
             array = array_of(f.atom, f.pad)
             self.read(array, f.at_row, f.at_column, into.T if f.transposed else into, dtype)
+
+    def lying(
+        self, segment: Segment, first: int, last: int, array_of: ArrayOf, dtype: str, least: int
+    ) -> np.ndarray[Any, Any] | None:
+        """Rows of a segment from `first` on, before `last`, that lie in a file just as they are wanted, not copied.
+
+        Args:
+            least: values that make it worth it; fewer are given only up to `last`.
+
+        Returns:
+            A flat array of whole rows; None if there is nothing like that.
+        """
+        width = segment.columns
+        fill = next((f for f in crossing(segment.fills, first, first + 1) if f.row <= first < f.row + f.rows), None)
+        if fill is None or fill.atom is None or fill.transposed or (fill.column, fill.columns) != (0, width):
+            return None
+        array = array_of(fill.atom, fill.pad)
+        if array.dtype != dtype:
+            return None
+        row, column = fill.at_row + first - fill.row, fill.at_column
+        for p in crossing(array.places, row, row + 1):
+            if not p.row <= row < p.row + p.rows or not p.column <= column < p.column + p.columns:
+                continue
+            rows = min(last - first, fill.row + fill.rows - first, p.row + p.rows - row)
+            is_dense = rows == 1 or p.stride == width * itemsize(dtype)
+            is_wide = column + width <= p.column + p.columns
+            if p.transposed or not is_dense or not is_wide or (rows * width < least and rows < last - first):
+                return None
+            view = self.view(p, dtype)[row - p.row : row - p.row + rows, column - p.column :][:, :width]
+            return view.reshape(-1)
+        return None
 
     def close(self) -> None:
         """Let go of the maps."""
