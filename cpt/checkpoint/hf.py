@@ -16,6 +16,7 @@ from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, write_json
 from cpt.checkpoint import mapping
 from cpt.checkpoint.arrays import Tensor, crop
+from cpt.checkpoint.formats.hf import TOKENIZER_FILES
 from cpt.checkpoint.hf_config import config_for, parse, read_config, source_dtype, write_config
 from cpt.checkpoint.safetensors_files import INDEX, Place, read_headers
 from cpt.plan.types import ModelConfig
@@ -28,18 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["config_for", "load", "parse", "read_config", "source_dtype", "write", "write_config"]
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
-# Files beside the weights that make up a tokenizer and its defaults.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 SHARD_BYTES = 5 * 10**9
 
 

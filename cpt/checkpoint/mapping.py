@@ -181,7 +181,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 # Buffers that some files hold beside the weights; they are computed, never read.
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|attn(ention)?\.bias|attn(ention)?\.masked_bias)$")
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 
 
 @dataclass(frozen=True)

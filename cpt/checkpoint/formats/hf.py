@@ -1,20 +1,26 @@
-"""Hugging Face folders: `config.json` and safetensors, one file or several with an index."""
+"""Hugging Face folders: `config.json` and safetensors, one file or several with an index. Older `pytorch_model.bin` is
+read (as data, never as code), not written."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import hf_config, mapping
-from cpt.checkpoint.arrays import Array, OutFile, Payload, payload, places
-from cpt.checkpoint.content import MODEL, Atom, Content
+from cpt.base.files import read_json
+from cpt.checkpoint import hf_config, mapping, megatron_args, torch_zip, unpickle
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, Fill, OutFile, Payload, Place, Tensor, as_matrix, payload
+from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
-from cpt.checkpoint.safetensors_files import INDEX, read_headers
+from cpt.checkpoint.safetensors_files import INDEX, has_weights, named_in, read_headers
 from cpt.checkpoint.writing import FileSums
+from cpt.plan.types import ModelConfig
 
 DTYPES = {
     "F32": "float32",
@@ -27,6 +33,42 @@ DTYPES = {
     "BOOL": "bool",
 }
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Files beside the weights that make up a tokenizer and its defaults.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_MOST_SHOWN = 10
+_BLOCK = 16 << 20  # [bytes]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor of a folder's files.
+
+    Args:
+        start: of its first value [bytes from the start of the file].
+        strides: of rows and columns of the matrix that it is, see `as_matrix` [values].
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    strides: tuple[int, int]
 
 
 @FORMATS.add("hf")
@@ -39,34 +81,58 @@ class HuggingFace(Format):
 
     @classmethod
     def open(cls, folder: Path, reading: Reading) -> Content:
-        model = hf_config.read_config(folder)
-        headers = read_headers(folder)
-        wanted = mapping.hf_tensors(model)
+        model = hf_config.read_config(reading.config or folder)
+        if reading.vocab_size not in (None, model.vocab_size):
+            raise UsageError(f"`--vocab-size` is {reading.vocab_size}, `config.json` says {model.vocab_size}")
+        found, crc32 = _stored(folder)
+        found = _with_prefix(found, model)
+        if reading.untie and (tied := mapping.tied_copy(model)) is not None and tied[0] in found:
+            model = replace(model, tie_embeddings=False)
+        _check(found, model)
+        _check_tied(found, model)
+        shapes = mapping.atom_shapes(model)
         atoms = {}
-        for name, tensor in wanted.items():
-            if name not in headers:
-                raise UsageError(f"`{folder}` has no tensor `{name}`{mapping.suggest(name, headers)}")
-            found = headers[name]
-            if found.shape != tensor.shape:
-                raise UsageError(
-                    f"`{found.file}`: `{name}` has shape {list(found.shape)}, `config.json` says {list(tensor.shape)}"
-                )
-            dtype = DTYPES.get(found.dtype, found.dtype)
-            _, columns = tensor.matrix
-            at = tuple(p for _, _, p in places(tensor.fills, found.file, found.start, columns, dtype))
-            shape = mapping.atom_shapes(model)[name]
-            atoms[name] = Atom(name=name, shape=shape, dtype=dtype, states={MODEL: Array(dtype, shape, at)})
-        return Content(format=cls.name, path=folder, model=model, atoms=atoms)
+        for name, tensor in mapping.hf_tensors(model).items():
+            dtype = found[name].dtype
+            array = Array(dtype, shapes[name], (_place(found[name], shapes[name], tensor.fills[0].transposed),))
+            atoms[name] = Atom(name=name, shape=shapes[name], dtype=dtype, states={MODEL: array})
+        return Content(
+            format=cls.name,
+            path=folder,
+            model=model,
+            atoms=atoms,
+            files=taken_along(folder),
+            left_out=tuple(_left_out(found, model)),
+            crc32=crc32,
+        )
 
     @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
-        tensors = mapping.hf_tensors(content.model)
-        payloads = [payload(t, MODEL, writing.dtype or content.atoms[n].dtype) for n, t in tensors.items()]
+        model = content.model
+        if content.args is not None and not writing.keep_padding:
+            _check_vocabulary(content.args, model, content.path)
+        tensors = mapping.hf_tensors(model)
+        if writing.keep_padding and (padded := content.padded_vocab_size or 0) > model.vocab_size:
+            tensors = {name: _padded(t, model, padded) for name, t in tensors.items()}
+            model = replace(model, vocab_size=padded)
+        state, dtypes = MODEL, writing.weight_dtypes(content)
+        if writing.from_master:
+            without = [n for n in tensors if MAIN not in content.atoms[n].states]
+            if without:
+                raise UsageError(
+                    f"`{content.path}` has no main weights of the optimizer for `{without[0]}`",
+                    "leave `--from-master` out: the model's weights are written",
+                )
+            state, dtypes = MAIN, dict.fromkeys(tensors, writing.dtype or "float32")
+        payloads = [payload(t, state, dtypes[name]) for name, t in tensors.items()]
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         groups = list(grouped(payloads, writing.file_bytes))
         names = file_names(len(groups))
         files = tuple(safetensors(name, group, shapes) for name, group in zip(names, groups, strict=True))
-        config = hf_config.write_config(content.model, payloads[0].dtype)
+        values: Counter[str] = Counter()
+        for p in payloads:
+            values[p.dtype] += p.nbytes
+        config = _config(content, hf_config.write_config(model, values.most_common(1)[0][0]))
 
         def finish(sums: Mapping[str, FileSums]) -> dict[str, bytes]:
             made = {}
@@ -74,9 +140,211 @@ class HuggingFace(Format):
                 where = {p.name: name for name, group in zip(names, groups, strict=True) for p in group}
                 total = sum(p.nbytes for p in payloads)
                 made[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-            return made | {"config.json": _json(config)}
+            return made | {"config.json": config}
 
-        return Output(files=files, finish=finish, copies=dict(content.files))
+        copies = {name: path for name, path in content.files.items() if name != "config.json"}
+        return Output(files=files, finish=finish, copies=copies, dropped=tuple(_dropped(content, writing)))
+
+
+def taken_along(folder: Path) -> dict[str, Path]:
+    """The files of a Hugging Face folder that go along with its weights, by name: configuration and tokenizer."""
+    names = ("config.json", *TOKENIZER_FILES, *sorted(p.name for p in folder.glob("*.tiktoken")))
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _stored(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, int, int], ...]]]:
+    """Every tensor of the folder by name, and the checksums that its files carry."""
+    if not has_weights(folder) and ((folder / BIN).is_file() or (folder / BIN_INDEX).is_file()):
+        return _pickled(folder)
+    found = {}
+    for name, place in read_headers(folder).items():
+        dtype = DTYPES.get(place.dtype, place.dtype)
+        _, columns = as_matrix(place.shape)
+        found[name] = Found(place.file, dtype, place.shape, place.start, (columns, 1))
+        if dtype in CARRIERS and place.nbytes != math.prod(place.shape) * CARRIERS[dtype].itemsize:
+            raise UsageError(
+                f"`{place.file}`: `{name}` has {place.nbytes:,} bytes, "
+                f"which is not {list(place.shape)} of {place.dtype}"
+            )
+    return found, {}
+
+
+def _pickled(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, int, int], ...]]]:
+    """The same of `pytorch_model.bin`, or of several of them with an index."""
+    index = folder / BIN_INDEX
+    claimed = named_in(index) if index.is_file() else {}
+    found: dict[str, Found] = {}
+    crc32: dict[str, tuple[tuple[int, int, int], ...]] = {}
+    files = Files()
+    for path in [folder / name for name in sorted(set(claimed.values()))] or [folder / BIN]:
+        data = files.map(str(path))
+        archive = torch_zip.read(data, 0, len(data), path)
+        if not isinstance(archive.value, Mapping):
+            raise UsageError(f"`{path}` holds no tensors by name")
+        for name, record in archive.value.items():
+            if not isinstance(record, unpickle.TensorRecord):
+                raise UsageError(f"`{path}`: `{name}` is not a tensor")
+            if name in found:
+                raise UsageError(f"tensor `{name}` is both in `{found[name].file}` and in `{path}`")
+            found[name] = _record(path, str(name), record, archive)
+        crc32[str(path)] = tuple((s.start, s.length, s.crc32) for s in archive.storages.values())
+    for name, file_name in claimed.items():
+        if name not in found or found[name].file.name != file_name:
+            raise UsageError(f"`{index}` says that `{name}` is in `{file_name}`, but it is not there")
+    return found, crc32
+
+
+def _record(path: Path, name: str, record: unpickle.TensorRecord, archive: torch_zip.Archive) -> Found:
+    dtype, storage = record.storage.dtype, archive.storages.get(record.storage.key)
+    if storage is None:
+        raise UsageError(f"`{path}`: the values of `{name}` are missing")
+    size = CARRIERS[dtype].itemsize if dtype in CARRIERS else 1
+    shape, stride = record.size, record.stride
+    last = record.offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if 0 not in shape else 0
+    if record.offset < 0 or min(stride, default=0) < 0 or last * size > storage.length:
+        raise UsageError(f"`{path}`: `{name}` needs {last * size:,} bytes, {storage.length:,} are there")
+    rows, columns = as_matrix(shape)
+    inner = list(stride[1:])
+    expected = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+    if len(shape) > 2 and inner != expected and math.prod(shape) > 0:
+        raise UsageError(f"`{path}`: the values of `{name}` do not lie in order")
+    strides = (stride[0] if shape else 1, inner[0] if len(shape) == 2 else 1)
+    if 1 not in strides and rows > 1 and columns > 1:
+        raise UsageError(f"`{path}`: the values of `{name}` do not lie in order")
+    return Found(path, dtype, shape, storage.start + record.offset * size, strides)
+
+
+def _place(found: Found, shape: tuple[int, ...], transposed: bool) -> Place:
+    """Where a logical tensor [out, in] of this shape lies."""
+    rows, columns = as_matrix(shape)
+    size = CARRIERS[found.dtype].itemsize
+    down, across = found.strides
+    if across == 1 or as_matrix(found.shape)[1] == 1:
+        return Place(str(found.file), found.start, down * size, 0, rows, 0, columns, transposed)
+    # Columns lie one after another: the file holds the other orientation.
+    return Place(str(found.file), found.start, across * size, 0, rows, 0, columns, not transposed)
+
+
+def _with_prefix(found: dict[str, Found], model: ModelConfig) -> dict[str, Found]:
+    """Tensors under the names of the whole model; older files of a model without its head lack the first part."""
+    wanted = mapping.hf_tensors(model)
+    prefix = next(iter(wanted)).split(".")[0] + "."
+    if any(name.startswith(prefix) for name in found):
+        return found
+    known = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix)}
+    return {known.get(name, name): place for name, place in found.items()}
+
+
+def _check(found: Mapping[str, Found], model: ModelConfig) -> None:
+    """Compare a folder's tensors with what the model needs.
+
+    Raises:
+        UsageError: all differences together.
+    """
+    wanted = mapping.hf_tensors(model)
+    problems = []
+    copy, _ = mapping.tied_copy(model) or (None, None)
+    for name, tensor in wanted.items():
+        if name not in found:
+            problems.append(f"tensor `{name}` is missing{mapping.suggest(name, found)}")
+            continue
+        it = found[name]
+        if it.shape != tensor.shape:
+            problems.append(
+                f"`{it.file}`: `{name}` has shape {list(it.shape)}, `config.json` says {list(tensor.shape)}"
+            )
+        elif it.dtype not in _FLOATS:
+            problems.append(
+                f"`{it.file}`: `{name}` has dtype `{it.dtype}`, which is not converted "
+                f"(wanted: {', '.join(_FLOATS)}; quantised weights must be restored first)"
+            )
+    for name in found:
+        if name not in wanted and name != copy and not mapping.IGNORED.fullmatch(name):
+            problems.append(f"`{found[name].file}`: no rule says what `{name}` is{mapping.suggest(name, wanted)}")
+    if problems:
+        shown = [UsageError(p) for p in problems[1:_MOST_SHOWN]]
+        if len(problems) > _MOST_SHOWN:
+            shown.append(UsageError(f"and {len(problems) - _MOST_SHOWN} more tensors that do not fit"))
+        raise UsageError(problems[0], more=tuple(shown))
+
+
+def _check_tied(found: Mapping[str, Found], model: ModelConfig) -> None:
+    """A tied model's file may hold the output layer again; then it must be the embedding, bit for bit."""
+    tied = mapping.tied_copy(model)
+    if tied is None or tied[0] not in found:
+        return
+    one, other = found[tied[0]], found[tied[1]]
+    hint = "`--untie` keeps both; without it `tie_word_embeddings` in `config.json` must be false"
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        raise UsageError(f"`tie_word_embeddings` is true, but `{tied[0]}` is not of the kind of `{tied[1]}`", hint)
+    files, rows = Files(), max(1, _BLOCK // max(1, 4 * model.hidden_size))
+    views = [files.view(_place(f, f.shape, False), f.dtype) for f in (one, other)]
+    for start in range(0, model.vocab_size, rows):
+        a, b = (v[start : start + rows] for v in views)
+        if a.tobytes() != b.tobytes():
+            raise UsageError(f"`tie_word_embeddings` is true, but `{tied[0]}` differs from `{tied[1]}`", hint)
+
+
+def _left_out(found: Mapping[str, Found], model: ModelConfig) -> Iterator[str]:
+    """A line for each kind of tensor that is not a parameter."""
+    wanted, tied = mapping.hf_tensors(model), mapping.tied_copy(model)
+    kinds: Counter[str] = Counter()
+    for name in found:
+        if name in wanted:
+            continue
+        if tied is not None and name == tied[0]:
+            yield f"`{name}`: it is `{tied[1]}` again"
+            continue
+        kinds[".".join("*" if part.isdigit() else part for part in name.split("."))] += 1
+    for kind, count in kinds.items():
+        yield f"`{kind}` ({count}): computed, not a parameter"
+
+
+def _check_vocabulary(args: Mapping[str, Any], model: ModelConfig, where: Path) -> None:
+    if not megatron_args.knows_vocab_size(args, model):
+        raise UsageError(
+            f"`{where}` does not say how many of its {model.vocab_size:,} rows of the vocabulary are padding",
+            "give the vocabulary's size with `--vocab-size N` or `--config HF_FOLDER`",
+            "`--pad keep` keeps all rows",
+        )
+
+
+def _padded(tensor: Tensor, model: ModelConfig, padded: int) -> Tensor:
+    """A tensor with the vocabulary's padding rows, if it is one that has them."""
+    if tensor.key not in vocabulary_atoms(model):
+        return tensor
+    (fill,) = tensor.fills
+    extra = Fill(fill.atom, model.vocab_size, padded - model.vocab_size, 0, fill.columns, pad=True)
+    return Tensor(tensor.key, (padded, *tensor.shape[1:]), (fill, extra))
+
+
+def vocabulary_atoms(model: ModelConfig) -> tuple[str, ...]:
+    """Embedding and, where the model has its own, output layer, as Hugging Face names."""
+    return tuple(rule.atoms[0] for rule in mapping.RULES[model.family] if rule.key in mapping.VOCABULARY)
+
+
+def _config(content: Content, config: Mapping[str, Any]) -> bytes:
+    """The text of `config.json`: the source's own where nothing changed."""
+    source = content.files.get("config.json")
+    if source is not None:
+        try:
+            if read_json(source) == config:
+                return source.read_bytes()
+        except ValueError:
+            pass
+    return _json(config)
+
+
+def _dropped(content: Content, writing: Writing) -> Iterator[str]:
+    if content.has_optimizer:
+        yield "optimizer state: a Hugging Face folder has no place for it"
+    if content.objects:
+        yield f"{', '.join(f'`{name}`' for name in content.objects)}: a Hugging Face folder has no place for it"
+    extra = (content.padded_vocab_size or 0) - content.model.vocab_size
+    if extra > 0 and not writing.keep_padding:
+        yield f"{extra} padding rows of the vocabulary"
+    if content.model.hf_config is None:
+        yield f"no `config.json` came along: a new one says `model_type: {content.model.family}`"
 
 
 def _json(value: object) -> bytes:
