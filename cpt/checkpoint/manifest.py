@@ -64,6 +64,7 @@ class Manifest:
     rng_ranks: int = 0  # ranks whose random state is stored; 0 = none
     versions: Mapping[str, str] = field(default_factory=dict)  # cpt, torch, megatron_core, python
     created: float = 0.0  # [unix seconds]
+    conversion: Mapping[str, Any] | None = None  # what it was converted from, see `job.record`; None = saved by a run
     files: Mapping[str, FileFacts] = field(default_factory=dict)  # by path inside the folder, manifest excepted
     format: str = FORMAT
     version: int = VERSION
