@@ -89,6 +89,17 @@ class Array:
 
 
 @dataclass(frozen=True, slots=True)
+class Mean(Array):
+    """A weighted sum of arrays of its shape, formed in fp64 when it is read and rounded once to its dtype.
+
+    Args:
+        of: (weight, array); `places` is empty.
+    """
+
+    of: tuple[tuple[float, Array], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """A rectangle of a stored matrix and the logical tensor's rectangle that it is, which starts at (`at_row`,
     `at_column`). `atom` None: zeros. `pad`: the rectangle is of the atom's padding rows of the vocabulary.
@@ -405,6 +416,15 @@ class Files:
     def read(self, array: Array, row: int, column: int, out: Matrix, dtype: str) -> None:
         """Copy the rectangle at (row, column) of an array into `out`, in `dtype`."""
         rows, columns = out.shape
+        if isinstance(array, Mean):
+            total = np.zeros(out.shape, np.float64)
+            for weight, one in array.of:
+                part = np.empty(out.shape, np.float64)
+                self.read(one, row, column, part, "float64")
+                part *= weight
+                total += part
+            out[...] = convert(convert(total, "float64", array.dtype), array.dtype, dtype)
+            return
         for p in crossing(array.places, row, row + rows):
             top, bottom = max(p.row, row), min(p.row + p.rows, row + rows)
             left, right = max(p.column, column), min(p.column + p.columns, column + columns)
