@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cpt.checkpoint import mapping
+from cpt.checkpoint import find, mapping
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, convert, itemsize
 from cpt.checkpoint.content import Atom, Content, Optimizer
-from cpt.checkpoint.formats import FORMATS, Writing
+from cpt.checkpoint.formats import Writing
 from cpt.checkpoint.writing import write_file
 from cpt.plan.types import ModelConfig
 
@@ -88,7 +88,7 @@ def content(
 
 def write(given: Content, name: str, out: Path, writing: Writing | None = None) -> Path:
     """Write a content in a format; gives the folder with the files, as a job would leave it."""
-    plan = FORMATS.get(name).plan(given, writing or Writing(vocabulary_multiple=16))
+    plan = find.known()[name].plan(given, writing or Writing(vocabulary_multiple=16))
     folder = out / plan.step_folder
     folder.mkdir(parents=True, exist_ok=True)
     files = Files()

@@ -47,7 +47,8 @@ class Wrong:
 def check(content: Content, files: Files, *, part: int = 0, parts: int = 1) -> list[Wrong]:
     """Tensors whose main weight, rounded, is not the model weight; padding rows of the vocabulary too.
 
-    Tensors without one of the two are not compared. NaN in both is equal, whatever its bits; `0` and `-0` are not.
+    Tensors without one of the two, and those declared as unrounded, are not compared. NaN in both is equal, whatever
+    its bits; `0` and `-0` are not.
 
     Args:
         part, parts: only this share of the values, so that processes can share the work; `together` joins their finds.
@@ -122,7 +123,7 @@ def _pairs(content: Content) -> Iterator[tuple[str, bool, Array, Array]]:
     """(atom, whether its padding rows, main weight, model weight) of all that have both."""
     for atom in content.atoms.values():
         for pad, states in ((False, atom.states), (True, atom.pad)):
-            if MAIN in states and MODEL in states and states[MAIN] != states[MODEL]:
+            if MAIN in states and MODEL in states and atom.name not in content.unrounded:
                 yield atom.name, pad, states[MAIN], states[MODEL]
 
 
@@ -149,15 +150,27 @@ def _compare(files: Files, atom: str, pad: bool, main: Array, weight: Array, beg
             files.read(weight, first, left, kept, weight.dtype)
             at = unequal(given.reshape(-1), main.dtype, kept.reshape(-1), weight.dtype)
             if len(at):
-                row, column = divmod(int(at[0]), across)
-                yield Wrong(
-                    atom=atom,
-                    pad=pad,
-                    first=(first + row) * columns + left + column,
-                    count=len(at),
-                    zeros=int((given.reshape(-1)[at] == 0).sum()),
-                    numel=rows * columns,
-                )
+                yield wrong_at(atom, pad, at, given, (first, left), (rows, columns))
+
+
+def wrong_at(atom: str, pad: bool, at: Values, main: Values, start: tuple[int, int], shape: tuple[int, int]) -> Wrong:
+    """What was found wrong in one block.
+
+    Args:
+        at: indices into the flattened block.
+        main: the block's main weights, [rows, columns].
+        start: row and column of the block in the tensor.
+        shape: of the tensor, as a matrix.
+    """
+    down, across = divmod(int(at[0]), main.shape[1])
+    return Wrong(
+        atom=atom,
+        pad=pad,
+        first=(start[0] + down) * shape[1] + start[1] + across,
+        count=len(at),
+        zeros=int((main.reshape(-1)[at] == 0).sum()),
+        numel=shape[0] * shape[1],
+    )
 
 
 def unequal(main: Values, given: str, weight: Values, wanted: str) -> Values:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import StageFailed, UsageError
+from cpt.checkpoint import main_weights, states, torch_dist
 from cpt.checkpoint import manifest as manifests
-from cpt.checkpoint import states, torch_dist, verify
 from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.ranks import Ranks, is_disk_full
 from cpt.checkpoint.torch_dist import Chunk, Folder
@@ -114,7 +114,7 @@ def _collect(engine: Engine, copy: bool) -> tuple[list[Chunk], dict[str, Any]]:
             weight = weight.to("cpu", copy=True)
         chunks += _chunks(place.pieces(weight))
         for name, state in gathered.get(i, {}).items():
-            if name == "param" and not verify.same_after_rounding(state, weight):
+            if name == "param" and not main_weights.same_after_rounding(state, weight):
                 raise StageFailed(
                     f"the optimizer's main weight of `{place.key}` is not the model's weight: nothing was saved",
                     "a method changed weights behind the optimizer's back, or memory is damaged",
@@ -286,10 +286,10 @@ def load(
     with ranks.together():
         source, manifest = open_folder(folder)
         optimizer = engine.optimizer is not None
-        if optimizer and "optimizer" in keep and not verify.has_optimizer(source):
+        if optimizer and "optimizer" in keep and not main_weights.has_optimizer(source):
             raise UsageError(f"`{folder}` holds no optimizer state, but `keep` names `optimizer`")
         if optimizer:
-            verify.check_main_weights(source, part=ranks.rank, parts=ranks.size)
+            main_weights.check_main_weights(source, part=ranks.rank, parts=ranks.size)
         all_places, _ = states.places(engine)
         for place in all_places:
             check_shape(source, place)
@@ -403,7 +403,7 @@ def _load_optimizer(engine: Engine, source: Folder, all_places: list[states.Plac
     import torch
 
     by_id = {id(p.parameter): p for p in all_places}
-    has_main = verify.has_main_weights(source)
+    has_main = main_weights.has_main_weights(source)
     for parameter, local in states.local_states(engine):
         place = by_id[id(parameter)]
         for name, state in local.states.items():
@@ -508,7 +508,7 @@ class Stored:
         """The weight; with `main` the unrounded one where the checkpoint has it."""
         key = self.key
         if main:
-            key = next((prefix + key for prefix in verify.MAIN if prefix + key in source), key)
+            key = next((prefix + key for prefix in main_weights.MAIN if prefix + key in source), key)
         if self.layer is None:
             return source.read(key)
         shape = source.tensors[key].shape

@@ -3,112 +3,298 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.base.files import read_json
+from cpt.base.units import show_bytes
 from cpt.checkpoint import manifest as manifests
-from cpt.checkpoint import master
-from cpt.checkpoint.torch_dist import Folder
+from cpt.checkpoint import master, store
+from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix, itemsize
+from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
+from cpt.checkpoint.formats import Reading
+from cpt.checkpoint.values import Seen, not_finite, odd, some
 
-if TYPE_CHECKING:
-    import torch
-
-MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-_BLOCK = 1 << 22  # elements compared at a time
-
-
-def same_after_rounding(main: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the fp32 main weight, rounded to the weight's dtype (nearest, ties to even), is the weight."""
-    import torch
-
-    rounded = main.detach().to(device=weight.device, dtype=weight.dtype)
-    if torch.equal(rounded, weight):
-        return True
-    return bool(((rounded == weight) | (rounded.isnan() & weight.isnan())).all())
+LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
+_READ = 1 << 20  # bytes summed at a time
+_BLOCK = 1 << 18  # values looked at together
+_TURN = 1 << 24  # values that a thread takes at a time
 
 
-def has_main_weights(source: Folder) -> bool:
-    """Whether a checkpoint holds fp32 main weights in model shapes."""
-    return any(key.startswith(MAIN) for key in source)
-
-
-def has_optimizer(source: Folder) -> bool:
-    """Whether a checkpoint holds moments in model shapes."""
-    return any(key.startswith("optimizer.state.exp_avg.") for key in source)
-
-
-def pairs(source: Folder) -> Iterator[tuple[str, str]]:
-    """(main weight, model weight) names of a checkpoint."""
-    for key in source:
-        for prefix in MAIN:
-            if key.startswith(prefix) and key.removeprefix(prefix) in source:
-                yield key, key.removeprefix(prefix)
-
-
-def check_main_weights(source: Folder, part: int = 0, parts: int = 1) -> int:
-    """Compare main weights with model weights; gives how many tensors were compared.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found in a checkpoint.
 
     Args:
-        part, parts: only every `parts`-th row of tensors from `part` on, so that ranks share the reading.
-
-    Raises:
-        UsageError: some differ. A known fault of megatron-core is named when it fits.
+        wrong: what makes it bad, one line each; empty = good.
+        odd: what may be meant: tensors that are all zero, constant, subnormal.
+        unseen: what its format cannot show.
+        done: what was checked, one phrase each.
+        nbytes: read [bytes]; some values are read twice, once for checksums.
     """
-    wrong, compared = [], 0
-    for main, weight in sorted(pairs(source)):
-        stored, kept = source.tensors[main], source.tensors[weight]
-        if stored.shape != kept.shape:
-            raise UsageError(f"`{source.path}`: `{main}` has shape {list(stored.shape)}, `{weight}` {list(kept.shape)}")
-        compared += 1
-        if not all(_same(source, main, weight, a, b) for a, b in _blocks(stored.shape, part, parts)):
-            wrong.append(weight)
-    if wrong:
-        raise master.refusal(str(source.path), wrong, compared, known=True)
-    return compared
 
+    folder: Path
+    format: str
+    wrong: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    done: tuple[str, ...] = ()
+    nbytes: int = 0
 
-def _blocks(shape: tuple[int, ...], part: int, parts: int) -> Iterator[tuple[int, int]]:
-    """Ranges of axis 0 of about `_BLOCK` elements; those of `part`."""
-    numel = 1
-    for n in shape[1:]:
-        numel *= n
-    rows = max(1, _BLOCK // max(1, numel))
-    for i, first in enumerate(range(0, shape[0], rows)):
-        if i % parts == part % parts:
-            yield first, min(first + rows, shape[0])
-
-
-def _same(source: Folder, main: str, weight: str, first: int, last: int) -> bool:
-    shape = source.tensors[main].shape
-    offset, size = (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
-    return same_after_rounding(source.read(main, offset, size), source.read(weight, offset, size))
+    @property
+    def is_good(self) -> bool:
+        return not self.wrong
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Everything that is wrong with a native checkpoint: sizes, checksums, structure, main weights. Empty = nothing.
+    """Everything that is wrong with a checkpoint folder, one line each; empty = nothing. Reads every byte."""
+    return list(inspect(Path(folder)).wrong)
 
-    Reads every byte.
+
+def inspect(
+    folder: Path,
+    *,
+    reading: Reading | None = None,
+    workers: int = 1,
+    watch: Callable[[int], None] = lambda nbytes: None,
+) -> Report:
+    """Check a checkpoint folder of any format: structure, checksums, main weights, values. Reads every byte.
+
+    Args:
+        workers: threads that share the reading.
+        watch: called with the number of bytes read after each block, from any thread.
+
+    Raises:
+        UsageError: it is no checkpoint of a format that is known.
     """
-    folder = Path(folder)
-    why = manifests.why_not_whole(folder)
-    if why is not None:
-        return [why]
-    manifest = manifests.read(folder)
-    wrong = [
-        f"`{name}` has other bytes than were written (checksum {found} instead of {facts.crc32})"
-        for name, facts in manifest.files.items()
-        if (found := manifests.crc32_of(folder / name)) != facts.crc32
-    ]
-    if wrong:
-        return wrong
+    from cpt.checkpoint import find
+
+    name = find.recognise(folder)
+    if name is None:
+        why = find.why_not_whole(folder) if folder.is_dir() else "it is no folder"
+        if folder.is_dir() and store.is_folder_name(folder.name):
+            return Report(folder=folder, format="unknown", wrong=(f"`{folder}` is not whole: {why}",))
+        raise UsageError(f"`{folder}` is no checkpoint: {why}")
+    form = find.known()[name]
+    report = Report(folder=folder, format=name)
     try:
-        source = Folder(folder)
-        if manifest.optimizer is not None:
-            missing = [k for k in source if not k.startswith(("optimizer.", "cpt.")) and MAIN[0] + k not in source]
-            wrong += [f"`{key}` has no main weight" for key in missing]
-        check_main_weights(source)
+        sums = file_sums(folder)
+        if wrong := [line for s in sums if (line := s.why_not_there()) is not None]:
+            return replace(report, wrong=tuple(wrong))
+        why = find.why_not_whole(folder)
+        if why is not None and name != "megatron":
+            return replace(report, wrong=(f"`{folder}` is not whole: {why}",))
+        content = form.open(folder, reading or Reading())
     except UsageError as error:
-        wrong.append(error.message)
-    return wrong
+        return replace(report, wrong=(error.message, *(e.message for e in error.more)))
+    return _inspect_values(replace(report, done=("structure",)), content, sums, workers, watch)
+
+
+def _inspect_values(
+    report: Report, content: Content, listed: Sequence[Sum], workers: int, watch: Callable[[int], None]
+) -> Report:
+    sums = [*listed, *_stored_sums(content, {str(s.file) for s in listed if s.is_whole})]
+    files = Files()
+    wrong: list[str] = []
+    seen: dict[str, Seen] = {}
+    unequal: list[master.Wrong] = []
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        try:
+            for line in pool.map(lambda s: s.why_wrong(watch), sums):
+                wrong += [line] if line is not None else []
+            if not wrong:
+                for values, odd_ones in pool.map(lambda turn: _look(content, files, turn, watch), _turns(content)):
+                    unequal += odd_ones
+                    for key, one in values.items():
+                        seen[key] = one if key not in seen else _joined(seen[key], one)
+        except UsageError as error:
+            pool.shutdown(cancel_futures=True)
+            wrong.append(error.message)
+    if unequal:
+        refused = master.refuse(content, unequal)
+        wrong.append(f"{refused.message}: {refused.hints[0]}")
+    wrong += not_finite(seen)
+    summed = sum(s.length for s in sums)
+    done = [*report.done]
+    if sums:
+        done.append(f"{len(sums):,} checksums over {show_bytes(summed)}")
+    if pairs := master.compared(content):
+        done.append(f"main weights against model weights of {pairs:,} tensors")
+    if seen:
+        done.append(f"values of {len(seen):,} tensors and states")
+    return replace(
+        report,
+        wrong=tuple(wrong),
+        odd=tuple(odd(seen)),
+        unseen=tuple(_unseen(content, sums)),
+        done=tuple(done),
+        nbytes=summed + sum(s.numel * itemsize(s.dtype) for s in seen.values()),
+    )
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Bytes of a file and the CRC-32 that they should have.
+
+    Args:
+        size: of the whole file; None where that is not said.
+        said_by: who says so, for messages.
+    """
+
+    file: Path
+    start: int
+    length: int
+    crc32: int
+    said_by: str
+    size: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size is not None
+
+    def why_not_there(self) -> str | None:
+        """What is wrong with the file's name and size."""
+        try:
+            size = self.file.stat().st_size
+        except OSError:
+            return f"`{self.file.name}` is missing: `{self.said_by}` lists it"
+        if self.size is not None and size != self.size:
+            return f"`{self.file.name}` has {size:,} bytes instead of {self.size:,}"
+        return None
+
+    def why_wrong(self, watch: Callable[[int], None]) -> str | None:
+        """What is wrong with the bytes; reads them."""
+        crc, left = 0, self.length
+        buffer = memoryview(bytearray(min(_READ, max(1, left))))
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.start)
+                while left:
+                    got = file.readinto(buffer[: min(_READ, left)])
+                    if not got:
+                        return f"`{self.file.name}` was cut off while it was read"
+                    crc = zlib.crc32(buffer[:got], crc)
+                    left -= got
+                    watch(got)
+        except OSError as error:
+            return f"`{self.file.name}` cannot be read: {error.strerror or error}"
+        if crc == self.crc32:
+            return None
+        where = "" if self.is_whole else f" at byte {self.start:,}"
+        return (
+            f"`{self.file.name}` has other bytes than were written{where} "
+            f"(checksum {crc:08x} instead of {self.crc32:08x})"
+        )
+
+
+def file_sums(folder: Path) -> list[Sum]:
+    """Checksums of whole files that a manifest in the folder lists; the manifest of a training save before others.
+
+    Raises:
+        UsageError: a manifest is damaged.
+    """
+    if (folder / manifests.NAME).is_file():
+        files = manifests.read(folder).files
+        return [_whole(folder, n, f.size, f.crc32, manifests.NAME) for n, f in files.items()]
+    for name in LISTS:
+        if not (folder / name).is_file():
+            continue
+        try:
+            value = read_json(folder / name)
+            listed = value.get("files") or value.get("conversion", {}).get("files") or ()
+            if isinstance(listed, Mapping):
+                listed = [{"name": n, **facts} for n, facts in listed.items()]
+            return [_whole(folder, f["name"], f["size"], f["crc32"], name) for f in listed]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"`{folder / name}` is damaged: {type(error).__name__}: {error}") from None
+    return []
+
+
+def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str) -> Sum:
+    inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not inside or isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"`{name}` is not a file of the folder with a size")
+    value = crc32 if isinstance(crc32, int) else int(str(crc32), 16)
+    return Sum(folder / str(name), 0, size, value, said_by, size)
+
+
+def _stored_sums(content: Content, whole: Container[str]) -> Iterator[Sum]:
+    """Checksums that the format itself carries, of files that no manifest covers as a whole."""
+    for name, ranges in content.crc32.items():
+        file = content.path / name  # names of files may be whole paths
+        if str(file) not in whole:
+            for start, length, crc in ranges:
+                yield Sum(file, start, length, crc, content.format)
+
+
+def _unseen(content: Content, sums: Sequence[Sum]) -> Iterator[str]:
+    """What no check can find here."""
+    covered: dict[str, int] = {}
+    for s in sums:
+        covered[str(s.file)] = covered.get(str(s.file), 0) + s.length
+    held = {p.file for a in content.atoms.values() for x in (*a.states.values(), *a.pad.values()) for p in x.places}
+    bare = sorted(Path(f).name for f in held if f not in covered)
+    if bare:
+        yield (
+            f"{some(bare)} carry no checksums: a changed value that is still a number cannot be found; "
+            f"a folder that `cpt convert-ckpt` wrote has them"
+        )
+
+
+Turn = tuple[Atom, bool, int, int]
+
+
+def _turns(content: Content) -> Iterator[Turn]:
+    """(atom, whether its padding rows, first row, last row): parts of about equal size that threads work on."""
+    for atom in content.atoms.values():
+        for pad, states in ((False, atom.states), (True, atom.pad)):
+            if not states:
+                continue
+            rows, columns = as_matrix(next(iter(states.values())).shape)
+            step = max(1, _TURN // max(1, columns))
+            for first in range(0, rows, step):
+                yield atom, pad, first, min(first + step, rows)
+
+
+def _look(
+    content: Content, files: Files, turn: Turn, watch: Callable[[int], None]
+) -> tuple[dict[str, Seen], list[master.Wrong]]:
+    """Read some rows of all states of a tensor once: their values, and main weights against model weights."""
+    atom, pad, begin, end = turn
+    states = atom.pad if pad else atom.states
+    rows, columns = as_matrix(next(iter(states.values())).shape)
+    names = {s: f"{atom.name}{' (padding rows)' if pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
+    seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
+    wrong: list[master.Wrong] = []
+    compare = MAIN in states and MODEL in states and atom.name not in content.unrounded
+    width = max(1, min(columns, _BLOCK))
+    step = max(1, _BLOCK // width)
+    for first in range(begin, end, step):
+        for left in range(0, columns, width):
+            shape = (min(step, end - first), min(width, columns - left))
+            blocks = {}
+            for state, array in states.items():
+                block = np.empty(shape, CARRIERS[array.dtype])
+                files.read(array, first, left, block, array.dtype)
+                blocks[state] = block.reshape(-1)
+                seen[names[state]].add(blocks[state], first * columns + left)
+                watch(block.nbytes)
+            if compare:
+                at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
+                if len(at):
+                    main = blocks[MAIN].reshape(shape)
+                    wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
+    if pad:  # rows that nothing uses are often zero
+        seen = {name: s for name, s in seen.items() if not s.is_finite}
+    return seen, master.together(wrong)
+
+
+def _joined(a: Seen, b: Seen) -> Seen:
+    a.join(b)
+    return a

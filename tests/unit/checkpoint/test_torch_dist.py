@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import torch_dist, unpickle, verify
+from cpt.checkpoint import main_weights, torch_dist, unpickle
 from cpt.checkpoint.torch_dist import Chunk, Folder
 from tests.shared import shared_data
 
@@ -178,7 +178,7 @@ def test_good_checkpoints_of_megatron_core_pass_the_main_weight_check(name: str,
     from safetensors.torch import load_file
 
     folder = Folder(shared_data("ckpt", "mcore-goldens", name, "iter_0000007"))
-    assert verify.check_main_weights(folder) == count
+    assert main_weights.check_main_weights(folder) == count
     truth = load_file(shared_data("ckpt", "mcore-goldens", "expected.safetensors"))
     weights = [k for k in folder if not k.startswith("optimizer.")]
     assert len(weights) == 9
@@ -188,12 +188,12 @@ def test_good_checkpoints_of_megatron_core_pass_the_main_weight_check(name: str,
 def test_the_known_fault_of_megatron_core_is_refused_and_named() -> None:
     folder = Folder(shared_data("ckpt", "mcore-goldens", "bad_fully_reshardable_multibucket", "iter_0000007"))
     with pytest.raises(UsageError, match=r"main weights are not the model's weights in 7 of 9") as raised:
-        verify.check_main_weights(folder)
+        main_weights.check_main_weights(folder)
     assert "megatron-core 0.15.0 to 0.19.2" in raised.value.hints[0]
     found = 0
     for part in range(3):
         try:
-            verify.check_main_weights(folder, part=part, parts=3)
+            main_weights.check_main_weights(folder, part=part, parts=3)
         except UsageError:
             found += 1
     assert found, "ranks that share the reading find it too"
@@ -203,7 +203,7 @@ def test_rounding_compares_every_bit_that_matters() -> None:
     import torch
 
     main = torch.tensor([1.0, -0.0, 1 + 2**-9, float("nan"), 3.0e38])
-    assert verify.same_after_rounding(main, main.bfloat16())
+    assert main_weights.same_after_rounding(main, main.bfloat16())
     other = main.bfloat16()
     other[2] = 1 + 2**-7
-    assert not verify.same_after_rounding(main, other)
+    assert not main_weights.same_after_rounding(main, other)
