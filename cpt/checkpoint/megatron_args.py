@@ -6,6 +6,7 @@ Mistral's are as well); else a `config.json` has to say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -231,6 +232,57 @@ def to_args(
     if model.family == "gpt_neox":
         made["use_parallel_residual"] = model.parallel_residual
     return made
+
+
+def to_layout(args: Args, model: ModelConfig, where: str) -> Layout:
+    """The layout that Megatron's arguments name; what is not there is 1.
+
+    Raises:
+        UsageError: a notation of the pipeline that is not known.
+    """
+
+    def number(name: str) -> int:
+        value = args.get(name)
+        return value if isinstance(value, int) and value > 0 else 1
+
+    tp, pp, ep = (number(f"{name}_model_parallel_size") for name in ("tensor", "pipeline", "expert"))
+    vp, etp = number("virtual_pipeline_model_parallel_size"), args.get("expert_tensor_parallel_size")
+    layers: tuple[int, ...] | None = None
+    notation = args.get("pipeline_model_parallel_layout")
+    first, last = args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers")
+    if isinstance(notation, str):
+        layers = _counts(notation, where)
+        vp = max(1, len(layers) // pp)
+    elif pp > 1 and (first or last):
+        middle = pp - bool(first) - bool(last)
+        each = (model.num_layers - (first or 0) - (last or 0)) // max(1, middle)
+        stages = [*([first] if first else []), *[each] * middle, *([last] if last else [])]
+        layers = tuple(count // vp for _ in range(vp) for count in stages)
+    elif args.get("account_for_embedding_in_pipeline_split") or args.get("account_for_loss_in_pipeline_split"):
+        # The embedding and the loss count as a layer each when layers are divided, and take the first and last place.
+        lead = bool(args.get("account_for_embedding_in_pipeline_split"))
+        tail = bool(args.get("account_for_loss_in_pipeline_split"))
+        each = (model.num_layers + lead + tail) // (pp * vp)
+        counts = [each] * (pp * vp)
+        counts[0] -= lead
+        counts[-1] -= tail
+        layers = tuple(counts)
+    dp = number("data_parallel_size")
+    return Layout(tp=tp, pp=pp, ep=ep, etp=etp if isinstance(etp, int) else None, vp=vp, dp=dp, layers=layers)
+
+
+def _counts(notation: str, where: str) -> tuple[int, ...]:
+    """Layers of each part in Megatron's notation, such as `Et*3|(tt|)*2tL`."""
+    text = notation.replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^()]*)\)\*(\d+)", r"([A-Za-z|])\*(\d+)"):
+        while True:
+            made = re.sub(pattern, lambda m: m[1] * int(m[2]), text)
+            if made == text:
+                break
+            text = made
+    if not re.fullmatch(r"[EtmL|]+", text):
+        raise UsageError(f"`pipeline_model_parallel_layout: {notation}` in the arguments of `{where}` is not known")
+    return tuple(part.count("t") for part in text.split("|"))
 
 
 def _pipeline(layout: Layout) -> str | None:

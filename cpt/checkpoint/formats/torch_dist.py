@@ -378,7 +378,8 @@ class _Reader:
             return None
         if self.manifest is not None and self.manifest.optimizer is not None:
             said = self.manifest.optimizer
-            return Optimizer(step=int(said["step"]), groups=tuple(dict(g) for g in said.get("groups", ())))
+            groups = tuple(dict(g) for g in said.get("groups", ()))
+            return Optimizer(step=int(said["step"]), groups=groups, form=self._form(flat))
         value = self.common.get("optimizer")
         dicts: list[Any] = [value]
         if isinstance(value, dict) and value and all(isinstance(k, int) for k in value):
@@ -386,10 +387,18 @@ class _Reader:
         if flat:
             stored = [k for k in self.source.objects if re.search(r"\.optimizer/shard_", k)]
             dicts += [{"optimizer": self._object(k)} for k in sorted(stored)]
-        groups, steps = _groups(dicts)
+        found, steps = _groups(dicts)
         if not steps:
             raise UsageError(f"`{self.folder / COMMON}` does not say how many updates the optimizer made")
-        return Optimizer(step=max(steps), groups=tuple(groups))
+        return Optimizer(step=max(steps), groups=tuple(found), form=self._form(flat))
+
+    def _form(self, flat: Sequence[str]) -> str:
+        """How the optimizer's state is stored."""
+        if flat:
+            return "dp_reshardable"
+        if any(".state." in key for key in self.source.original_shapes):
+            return "fully_sharded_model_space"
+        return "fully_reshardable" if any(".state.param." in key for key in self.source) else "plain"
 
     def _object(self, key: str) -> Any:
         """The value of an object's record."""
@@ -401,10 +410,11 @@ class _Reader:
         return value[0]
 
     def _layout(self, model: ModelConfig) -> Layout:
-        if self.manifest is not None:
+        args = self.args or {}
+        if self.manifest is not None and "expert_model_parallel_size" not in args:  # an engine of ours saved it
             of = self.manifest.layout
             return Layout(tp=of.tp, pp=of.pp, vp=of.vp, dp=of.dp, layers=of.layers)
-        return layout_of(self.args or {}, model)
+        return megatron_args.to_layout(args, model, str(self.folder / COMMON))
 
     def _flat_parts(self, model: ModelConfig, layout: Layout, padded: int, expected: Mapping[str, Fused]) -> Parts:
         """Main weights and moments out of flat buckets."""
@@ -582,33 +592,6 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     kind = f"`{value.module}.{value.name}`" if isinstance(value, unpickle.Inert) else f"a `{type(value).__name__}`"
     raise TypeError(kind)
-
-
-def layout_of(args: Mapping[str, Any], model: ModelConfig) -> Layout:
-    """The layout that Megatron's arguments name."""
-
-    def number(name: str) -> int:
-        value = args.get(name)
-        return value if isinstance(value, int) and value > 0 else 1
-
-    tp, pp = number("tensor_model_parallel_size"), number("pipeline_model_parallel_size")
-    vp, ep = number("virtual_pipeline_model_parallel_size"), number("expert_model_parallel_size")
-    etp = args.get("expert_tensor_parallel_size")
-    layers: tuple[int, ...] | None = None
-    first, last = args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers")
-    if vp == 1 and pp > 1 and (first or last):
-        middle = pp - bool(first) - bool(last)
-        each = (model.num_layers - (first or 0) - (last or 0)) // max(1, middle)
-        layers = (*([first] if first else []), *[each] * middle, *([last] if last else []))
-    return Layout(
-        tp=tp,
-        pp=pp,
-        ep=ep,
-        etp=etp if isinstance(etp, int) else None,
-        vp=vp,
-        dp=number("data_parallel_size"),
-        layers=layers,
-    )
 
 
 def _shapes(model: ModelConfig, padded: int) -> dict[tuple[str, bool], tuple[int, ...]]:
