@@ -431,7 +431,7 @@ def die_inside(root: str, where: str) -> None:
     if where == "shard" and rank == "1":
         torch_dist.os = type("os", (), {"fsync": die})  # type: ignore[attr-defined, assignment]
     if where == "metadata" and rank == "0":
-        torch_dist._dcp_metadata = die  # type: ignore[assignment]
+        torch_dist.write_atomic = die  # type: ignore[assignment]
     if where == "manifest" and rank == "0":
         manifests.write = die  # type: ignore[assignment]
     if where == "removal" and rank == "0":
