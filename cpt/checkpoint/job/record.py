@@ -1,0 +1,147 @@
+"""What is written down about a conversion, in the folder that it made, and what is reported of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt import __version__
+from cpt.checkpoint.job.look import Facts, Finding, findings
+from cpt.checkpoint.job.place import KEY
+from cpt.checkpoint.job.planning import VERSION, Plan
+from cpt.checkpoint.writing import FileSums
+
+FORMAT = "cpt-conversion"
+OWN = "conversion.json"  # of formats without a manifest of ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did.
+
+    Args:
+        done_before: OUT held it already, nothing was done.
+        bytes: size of all files.
+        written: bytes that this run wrote; an earlier one may have written others.
+        seconds: of this run.
+        peak_memory: anonymous memory of the process that had most [bytes].
+        tensors: logical ones.
+        rounded: values that another dtype changed.
+        dropped: one line for each thing of the source that is not in the folder.
+        findings: what is odd about values.
+        checksums: stretches of the source whose checksum was verified.
+        compared: whether main weights were compared with the model's weights.
+    """
+
+    id: str
+    out: Path
+    folder: Path
+    done_before: bool = False
+    files: int = 0
+    bytes: int = 0
+    written: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    workers: int = 0
+    tensors: int = 0
+    rounded: int = 0
+    dropped: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    checksums: int = 0
+    compared: bool = False
+    reread: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Bytes written in a second by this run."""
+        return self.written / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "out": str(self.out),
+            "folder": str(self.folder),
+            "done_before": self.done_before,
+            "files": self.files,
+            "bytes": self.bytes,
+            "written_bytes": self.written,
+            "seconds": round(self.seconds, 3),
+            "bytes_per_s": round(self.rate),
+            "peak_anonymous_bytes": self.peak_memory,
+            "workers": self.workers,
+            "tensors": self.tensors,
+            "rounded_values": self.rounded,
+            "dropped": list(self.dropped),
+            "values": [f.to_json() for f in self.findings],
+            "source_checksums": self.checksums,
+            "main_weights_compared": self.compared,
+            "reread": self.reread,
+        }
+
+
+def dropped(plan: Plan) -> tuple[str, ...]:
+    """What of the source is not in the folder, each once."""
+    return tuple(dict.fromkeys((*plan.content.left_out, *plan.output.dropped)))
+
+
+def record(plan: Plan, facts: Facts, *, checksums: int, compared: bool) -> dict[str, Any]:
+    """What a folder says about how it was made: the same for every run that gives the same bytes.
+
+    Args:
+        checksums: stretches of the source whose own checksums were verified.
+        compared: whether main weights were compared with the model's weights.
+    """
+    content = plan.content
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "id": plan.id,
+        "to": plan.request.to,
+        "source": {
+            "format": plan.found.format,
+            "path": os.path.relpath(plan.found.folder.resolve(), plan.request.out.absolute()),
+            "step": content.iteration,
+            "layout": str(content.layout) if content.layout else None,
+            "identity": plan.identity,
+        },
+        "options": dict(plan.options),
+        "dropped": list(dropped(plan)),
+        "verdict": {
+            "structure": "every tensor is there once, in its shape",
+            "main_weights": "rounded, they are the model's weights" if compared else None,
+            "source_checksums": checksums,
+            "rounded_values": facts.rounded,
+            "values": [f.to_json() for f in findings(facts, content)],
+        },
+        "versions": {"cpt": __version__, "python": platform.python_version(), "numpy": np.__version__},
+    }
+
+
+def with_record(data: bytes, value: Mapping[str, Any]) -> bytes:
+    """A manifest with the record in it. Its other lines stay as they are."""
+    text = data.decode()
+    found = json.loads(text)
+    if KEY in found or not found:
+        return (json.dumps({**found, KEY: value}, indent=1, ensure_ascii=False) + "\n").encode()
+    end = text.rstrip().removesuffix("}").rstrip()
+    own = json.dumps({KEY: value}, indent=1, ensure_ascii=False)[1:].lstrip("\n")
+    return f"{end},\n{own}\n".encode()
+
+
+def own_manifest(value: Mapping[str, Any], files: Mapping[str, FileSums]) -> bytes:
+    """`conversion.json`: the record, and sizes and checksums of all other files."""
+    listed = {name: {"size": s.size, "crc32": f"{s.crc32:08x}"} for name, s in sorted(files.items())}
+    return (json.dumps({KEY: {**value, "files": listed}}, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def most_told(texts: Sequence[str], most: int = 3) -> str:
+    """The first few of many names in backticks."""
+    shown = ", ".join(f"`{t}`" for t in texts[:most])
+    return shown + (f" and {len(texts) - most:,} more" if len(texts) > most else "")

@@ -1,0 +1,399 @@
+"""`cpt convert-ckpt`: any checkpoint as another format or for another layout of ranks, bit for bit."""
+
+from __future__ import annotations
+
+import json as _json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpt.base.errors import UsageError
+from cpt.base.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
+from cpt.cli.flags import Json, note, result, result_json, talk, warning
+from cpt.cli.where import place
+
+if TYPE_CHECKING:
+    from cpt.checkpoint.formats import Writing
+    from cpt.checkpoint.job.planning import Plan
+    from cpt.checkpoint.job.record import Report
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_MOST = 4  # names and lines of one kind that are shown
+
+
+def command(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A run, a stage, a folder of steps, or a checkpoint of any format.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that is made; it must not be there yet.")],
+    to: Annotated[str, typer.Option("--to", metavar="hf|torch_dist|megatron|atom", help="What OUT is to be.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor ranks.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", min=1, help="Expert ranks.")] = 1,
+    etp: Annotated[
+        int | None, typer.Option("--etp", min=1, help="Tensor ranks of the experts.", show_default="--tp")
+    ] = None,
+    vp: Annotated[int, typer.Option("--vp", min=1, help="Virtual pipeline chunks of each pipeline rank.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", min=1, help="Data ranks that share the optimizer's buffers.")] = 1,
+    pipeline_layout: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline-layout",
+            metavar="LAYERS",
+            help="Layers of each part: `3,5,4`, `first=3,last=4`, or Megatron's `Ett|tt|tL`.",
+            show_default="even",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer",
+            metavar="fully_reshardable|dp_reshardable|plain|none",
+            help="How Adam's state is kept; `none` leaves it out.",
+            show_default="as OUT's format does",
+        ),
+    ] = None,
+    bucket_size: Annotated[
+        str | None,
+        typer.Option(
+            "--bucket-size", metavar="VALUES", help="Of the optimizer's flat buffers.", show_default="one bucket"
+        ),
+    ] = None,
+    spec: Annotated[
+        str, typer.Option("--spec", metavar="local|te", help="Names of Megatron's own layers or of Transformer Engine.")
+    ] = "local",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the weights.", show_default="as they are"),
+    ] = None,
+    from_master: Annotated[
+        bool, typer.Option("--from-master", help="To hf: the optimizer's fp32 weights instead of the model's.")
+    ] = False,
+    step: Annotated[
+        str | None,
+        typer.Option("--step", metavar="STEP", help="Which step of IN.", show_default="the newest whole one"),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=1, help="Of the model, where IN does not say.")
+    ] = None,
+    pad: Annotated[
+        str,
+        typer.Option("--pad", metavar="drop|keep", help="To hf: what is done with padding rows of the vocabulary."),
+    ] = "drop",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="HF_DIR", help="Hugging Face folder that says what the model is."),
+    ] = None,
+    replicas: Annotated[
+        str, typer.Option("--replicas", metavar="equal|first", help="Copies that differ: refuse, or take the first.")
+    ] = "equal",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Keep an output layer that differs from the embedding it is tied to.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite values too.")
+    ] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="To atom: note each file's SHA-256 too.")] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
+    ] = None,
+    block: Annotated[str, typer.Option("--block", metavar="SIZE", help="Memory of a worker for values.")] = "64MiB",
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Going on: read again what an earlier run finished.")
+    ] = False,
+    verify: Annotated[
+        str, typer.Option("--verify", metavar="usual|full", help="`full`: read everything again at the end.")
+    ] = "usual",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and write nothing.")] = False,
+    json: Json = False,
+) -> int:
+    """Convert a checkpoint to another format or another layout of ranks, bit for bit, its optimizer state included.
+
+    IN's format is found by itself. A killed or stopped conversion goes on with the same command.
+    """
+    from cpt.checkpoint.formats import OPTIMIZER_FORMS, Reading, Writing
+    from cpt.checkpoint.job import planning
+    from cpt.checkpoint.job.planning import Request, Running
+
+    keep_padding = _one_of("--pad", pad, ("drop", "keep")) == "keep"
+    first_replica = _one_of("--replicas", replicas, ("equal", "first")) == "first"
+    full = _one_of("--verify", verify, ("usual", "full")) == "full"
+    reading = Reading(config=config, vocab_size=vocab_size, first_replica=first_replica, untie=untie)
+    writing = Writing(
+        layout=_layout(tp, pp, ep, etp, vp, dp, bucket_size),
+        optimizer=None if optimizer is None else _one_of("--optimizer", optimizer, OPTIMIZER_FORMS),
+        spec=_one_of("--spec", spec, ("local", "te")),
+        dtype=None if dtype is None else _dtype(dtype),
+        keep_padding=keep_padding,
+        from_master=from_master,
+        sha256=sha256,
+    )
+    _refuse_unused(to, writing, pipeline_layout)
+    size = parse_bytes(block)
+    if size < 1 << 16:
+        raise UsageError(f"`--block {block}` is too small, the least is `64KiB`")
+    request = Request(
+        source=place(source),
+        out=out,
+        to=to,
+        reading=reading,
+        writing=writing,
+        pipeline_layout=pipeline_layout,
+        step=None if step is None else parse_count(step),
+    )
+    plan = planning.plan(request, note)
+    if dry_run:
+        return _show(plan, json)
+    running = Running(
+        workers=workers or _cores(), block=size, allow_nonfinite=allow_nonfinite, recheck=recheck, verify=full
+    )
+    return _convert(plan, running, json)
+
+
+def _convert(plan: Plan, running: Any, json: bool) -> int:
+    from cpt.checkpoint.job.convert import convert
+
+    progress = _Progress(json)
+    try:
+        report = convert(plan, running, progress, shlex.join(["cpt", *sys.argv[1:]]))
+    finally:
+        progress.clear()
+    if json:
+        result_json(report.to_json())
+    elif report.done_before:
+        result(f"{report.folder} holds this conversion already (id {report.id[:12]}); nothing to do")
+    else:
+        result(_report(plan, report))
+    return 0
+
+
+def _cores() -> int:
+    from cpt.base.processes import num_cores
+
+    return num_cores()
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
+    from cpt.base.registry import unknown
+
+    if value not in known:
+        error = unknown(f"value for `{flag}`:", value, known)
+        raise UsageError(error.message, *error.hints)
+    return value
+
+
+def _dtype(text: str) -> str:
+    if text in DTYPES.values():
+        return text
+    return DTYPES[_one_of("--dtype", text, tuple(DTYPES))]
+
+
+def _layout(
+    tp: int,
+    pp: int,
+    ep: int,
+    etp: int | None,
+    vp: int,
+    dp: int,
+    bucket_size: str | None,
+) -> Any:
+    from cpt.checkpoint.content import Layout
+
+    bucket = None if bucket_size is None else parse_count(bucket_size)
+    if bucket == 0:
+        raise UsageError("`--bucket-size 0` holds no value", "leave it out for one bucket")
+    return Layout(tp=tp, pp=pp, ep=ep, etp=etp, vp=vp, dp=dp, bucket_numel=bucket)
+
+
+def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> None:
+    """Options that the format has no use for: a person means another format."""
+    from cpt.checkpoint.content import Layout
+
+    usual = Layout()
+    names = ("tp", "pp", "ep", "etp", "vp", "dp")
+    given = [f"--{n}" for n in names if getattr(writing.layout, n) != getattr(usual, n)]
+    given += ["--pipeline-layout"] * (pipeline_layout is not None)
+    given += ["--bucket-size"] * (writing.layout.bucket_numel is not None)
+    if to in ("hf", "atom") and given:
+        raise UsageError(
+            f"`{to}` has no ranks, so `{given[0]}` means nothing for it", "layouts are of `torch_dist` and `megatron`"
+        )
+    if to == "hf" and writing.optimizer not in (None, "none"):
+        raise UsageError("`hf` holds no optimizer state", "`--to atom`, `torch_dist` or `megatron` keep it")
+    if to == "atom" and writing.optimizer not in (None, "none"):
+        raise UsageError("`atom` keeps optimizer state in one form only", "leave `--optimizer` out to keep it")
+    for flag, used, format in (
+        ("--from-master", writing.from_master, "hf"),
+        ("--pad keep", writing.keep_padding, "hf"),
+        ("--sha256", writing.sha256, "atom"),
+    ):
+        if used and to != format:
+            raise UsageError(f"`{flag}` is for `--to {format}`, and this is `--to {to}`")
+
+
+def _show(plan: Plan, json: bool) -> int:
+    """The plan, for `--dry-run`."""
+    from cpt.checkpoint.job import place as where
+    from cpt.checkpoint.job.record import dropped
+
+    where.check_names(plan)
+    there = where.done_already(plan)
+    content, output = plan.content, plan.output
+    if json:
+        result_json(
+            {
+                "id": plan.id,
+                "from": {
+                    "format": plan.found.format,
+                    "path": str(plan.found.folder),
+                    "step": content.iteration,
+                    "layout": str(content.layout) if content.layout else None,
+                    "optimizer": content.optimizer is not None,
+                    "tensors": len(content.atoms),
+                    "parameters": content.model.num_parameters,
+                    "family": content.model.family,
+                },
+                "to": plan.request.to,
+                "out": str(plan.request.out),
+                "options": dict(plan.options),
+                "files": {f.name: f.nbytes for f in output.files},
+                "copies": sorted(output.copies),
+                "bytes": plan.nbytes,
+                "dropped": list(dropped(plan)),
+                "there_already": there,
+            }
+        )
+        return 0
+    model = content.model
+    state = f"Adam, {content.optimizer.step:,} updates" if content.optimizer else "none, weights only"
+    origin = [plan.found.format, *([f"step {content.iteration:,}"] if content.iteration is not None else [])]
+    origin += [str(content.layout)] if content.layout else []
+    lines = [
+        ("from", f"{plan.found.folder}, {', '.join(origin)}"),
+        ("model", f"{model.family}, {show_count(model.num_parameters)} parameters, {len(content.atoms):,} tensors"),
+        ("optimizer", state),
+        ("to", f"{plan.request.out / output.step_folder}, {plan.request.to}{_options(plan)}"),
+        ("files", f"{len(output.files):,} and {len(output.copies):,} copied, {show_bytes(plan.nbytes)}"),
+        *(("", f"{f.name} {show_bytes(f.nbytes)}") for f in output.files[:_MOST]),
+        *([("", f"and {len(output.files) - _MOST:,} more")] if len(output.files) > _MOST else []),
+        *_listed("dropped", dropped(plan)),
+        ("id", plan.id[:12] + (", there already: nothing to do" if there else "")),
+    ]
+    result(_columns(lines))
+    return 0
+
+
+def _options(plan: Plan) -> str:
+    layout = plan.request.writing.layout
+    parts = [str(layout)] if plan.request.to in ("torch_dist", "megatron") else []
+    own = set(vars(layout)) if hasattr(layout, "__dict__") else {"tp", "pp", "ep", "vp", "dp"}
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if name not in own]
+    return "".join(f", {p}" for p in parts)
+
+
+def _report(plan: Plan, report: Report) -> str:
+    for kind, what in (("zero", "all values are zero"), ("constant", "all values are equal")):
+        names = [f.tensor for f in report.findings if f.kind == kind]
+        if names:
+            warning(f"{what} in {len(names):,} tensor{'s' * (len(names) > 1)}: {_some(names)}")
+    for f in [f for f in report.findings if f.kind == "subnormal"][:_MOST]:
+        warning(f"{f.count:,} values of `{f.tensor}` are too small for full precision (subnormal)")
+    for f in [f for f in report.findings if f.kind == "nonfinite"]:
+        warning(f"`{f.tensor}`: {f.count:,} values are NaN or infinite, the first at {list(f.first)}")
+    earlier = report.bytes - report.written
+    went_on = f"; {show_bytes(earlier)} were finished before" if earlier > 0 else ""
+    lines = [
+        ("written", f"{report.folder}, {plan.request.to}"),
+        ("size", f"{show_bytes(report.bytes)} in {report.files:,} files, {report.tensors:,} tensors"),
+        ("time", f"{_seconds(report.seconds)}, {report.rate / 1e6:,.0f} MB/s{went_on}"),
+        ("memory", f"at most {show_bytes(report.peak_memory)} in a process of {report.workers}"),
+        *([("rounded", f"{report.rounded:,} values changed by another dtype")] if plan.options.get("dtype") else []),
+        *_listed("dropped", report.dropped),
+        ("checked", _checked(report)),
+        ("id", report.id[:12]),
+    ]
+    return _columns(lines)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else show_duration(seconds)
+
+
+def _checked(report: Report) -> str:
+    done = ["structure", "values"]
+    done += ["main weights against model weights"] if report.compared else []
+    done += [f"{report.checksums:,} checksums of the source"] if report.checksums else []
+    done += ["everything read again"] if report.reread else []
+    return ", ".join(done)
+
+
+def _listed(head: str, texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(head if i == 0 else "", text) for i, text in enumerate(texts)]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+    return ", ".join(f"`{n}`" for n in names[:_MOST]) + more
+
+
+def _columns(lines: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+class _Progress:
+    """How far it is: a line that moves in a terminal, JSON lines on stderr with `--json`, nothing elsewhere."""
+
+    def __init__(self, json: bool) -> None:
+        self._json = json and not talk.quiet
+        self._moving = sys.stderr.isatty() and not talk.quiet and not json
+        self._began = self._last = time.monotonic()
+        self._phase, self._shown = "", False
+
+    def __call__(self, kind: str, facts: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        often = kind == "progress" and now - self._last < (1.0 if self._json else 0.1)
+        if kind == "progress" and facts["phase"] != self._phase:
+            self._phase, self._began, often = facts["phase"], now, False
+        if often:
+            return
+        self._last = now
+        if self._json:
+            sys.stderr.write(_json.dumps({"event": kind, **facts}) + "\n")
+        elif kind == "resumed":
+            self.clear()
+            size = show_bytes(facts["bytes"])
+            note(f"goes on: {facts['files']:,} of {facts['of']:,} files were finished before, {size}")
+        elif kind == "taken_over":
+            self.clear()
+            note(f"taken over from {facts['who']}, which has ended")
+        elif kind == "progress" and self._moving:
+            self._move(facts, now)
+
+    def _move(self, facts: Mapping[str, Any], now: float) -> None:
+        done, total, seconds = facts["done"], max(1, facts["total"]), max(1e-3, now - self._began)
+        rate = done / seconds
+        left = f", {show_duration((total - done) / rate)} left" if rate and seconds > 1 else ""
+        text = f"{facts['phase']}: {done / total:.0%} of {show_bytes(total)}, {rate / 1e6:,.0f} MB/s{left}"
+        text += f", {facts['tensor']}"
+        width = max(20, _terminal_width() - 1)
+        sys.stderr.write("\r\x1b[K" + text[:width])
+        sys.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        """Take the moving line away."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            self._shown = False
+
+
+def _terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
