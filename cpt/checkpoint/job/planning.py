@@ -102,7 +102,7 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     if not target.can_write:
         writable = ", ".join(f"`{n}`" for n, f in known.items() if f.can_write)
         raise UsageError(f"`{request.to}` is read, not written", f"formats that are written: {writable}")
-    _refuse_one_in_the_other(request)
+    refuse_one_in_the_other(request.source, request.out)
     found = find.find(request.source, request.step)
     for text in found.notes:
         note(text)
@@ -112,7 +112,7 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     if request.pipeline_layout is not None:
         request = _with_layers(request, content.model.num_layers)
     output = target.plan(content, request.writing)
-    identity = hash_text(canonical_json(list(_files(found.folder))))
+    identity = state_of_files(found.folder)
     options = _options(request)
     text = canonical_json(
         {
@@ -135,12 +135,17 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     )
 
 
-def _refuse_one_in_the_other(request: Request) -> None:
-    given, out = request.source.resolve(), request.out.resolve()
-    if given == out:
-        raise UsageError(f"`{request.out}` is both what is read and what is written", "name another folder")
-    if out.is_relative_to(given):
-        raise UsageError(f"`{request.out}` lies inside `{request.source}`, which is read", "name a folder outside it")
+def refuse_one_in_the_other(source: Path, out: Path) -> None:
+    """Raises UsageError when OUT is what is read, or lies inside it."""
+    if source.resolve() == out.resolve():
+        raise UsageError(f"`{out}` is both what is read and what is written", "name another folder")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"`{out}` lies inside `{source}`, which is read", "name a folder outside it")
+
+
+def state_of_files(folder: Path) -> str:
+    """Hash over the names, sizes and times of change of a checkpoint's files."""
+    return hash_text(canonical_json(list(_files(folder))))
 
 
 def _refuse_what_is_not_there(request: Request, content: Content) -> None:
