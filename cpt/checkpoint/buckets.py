@@ -199,6 +199,18 @@ def buffers(
     ]
 
 
+def grad_dtype(args: Mapping[str, object], dtype: str) -> str:
+    """Dtype of gradients by Megatron's arguments: float32 for 16-bit parameters unless they say otherwise.
+
+    Args:
+        dtype: of the parameters.
+    """
+    said = args.get("accumulate_allreduce_grads_in_fp32")
+    if said is None:
+        said = not args.get("grad_reduce_in_bf16")
+    return "float32" if said else dtype
+
+
 def form(buffer: Buffer, bucket_numel: int | None, dp: int) -> Formed:
     """Cut a buffer into buckets as Megatron does.
 
