@@ -31,7 +31,12 @@ def command(
         str, typer.Argument(metavar="IN", help="A run, a stage, a folder of steps, or a checkpoint of any format.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that is made; it must not be there yet.")],
-    to: Annotated[str, typer.Option("--to", metavar="hf|torch_dist|megatron|atom", help="What OUT is to be.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="hf|torch_dist|megatron|atom", help="What OUT is to be.", show_default="none, must be given"
+        ),
+    ] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks.")] = 1,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Expert ranks.")] = 1,
@@ -102,6 +107,9 @@ def command(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
     ] = None,
+    file_size: Annotated[
+        str, typer.Option("--file-size", metavar="SIZE", help="Size at which another file is begun.")
+    ] = "2GiB",
     block: Annotated[str, typer.Option("--block", metavar="SIZE", help="Memory of a worker for values.")] = "64MiB",
     recheck: Annotated[
         bool, typer.Option("--recheck", help="Going on: read again what an earlier run finished.")
@@ -120,6 +128,8 @@ def command(
     from cpt.checkpoint.job import planning
     from cpt.checkpoint.job.planning import Request, Running
 
+    if to is None:
+        raise UsageError("`--to` is missing: what OUT is to be", "`--to hf`, `torch_dist`, `megatron` or `atom`")
     keep_padding = _one_of("--pad", pad, ("drop", "keep")) == "keep"
     first_replica = _one_of("--replicas", replicas, ("equal", "first")) == "first"
     full = _one_of("--verify", verify, ("usual", "full")) == "full"
@@ -132,13 +142,12 @@ def command(
         keep_padding=keep_padding,
         from_master=from_master,
         sha256=sha256,
+        file_bytes=_size("--file-size", file_size, 1),
     )
     _refuse_unused(to, writing, pipeline_layout)
-    size = parse_bytes(block)
-    if size < 1 << 16:
-        raise UsageError(f"`--block {block}` is too small, the least is `64KiB`")
+    size = _size("--block", block, 1 << 16)
     request = Request(
-        source=place(source),
+        source=_source(source),
         out=out,
         to=to,
         reading=reading,
@@ -172,6 +181,18 @@ def _convert(plan: Plan, running: Any, json: bool) -> int:
     return 0
 
 
+def _source(name: str) -> Path:
+    """The folder that IN means."""
+    from cpt.base.registry import nearest
+
+    try:
+        return place(name)
+    except UsageError as error:
+        near = nearest(name, [p.name for p in Path().iterdir() if p.is_dir()])
+        hints = [f"did you mean `{near}`?"] if near else list(error.hints)
+        raise UsageError(f"there is no folder `{name}`, and no run of this name", *hints) from None
+
+
 def _cores() -> int:
     from cpt.base.processes import num_cores
 
@@ -185,6 +206,13 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
         error = unknown(f"value for `{flag}`:", value, known)
         raise UsageError(error.message, *error.hints)
     return value
+
+
+def _size(flag: str, text: str, least: int) -> int:
+    size = parse_bytes(text)
+    if size < least:
+        raise UsageError(f"`{flag} {text}` is too small, the least is {show_bytes(least)}")
+    return size
 
 
 def _dtype(text: str) -> str:

@@ -108,7 +108,7 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
         note(text)
     with_optimizer = request.reading.optimizer and request.writing.optimizer != "none"
     content = known[found.format].open(found.folder, dataclasses.replace(request.reading, optimizer=with_optimizer))
-    _refuse_what_is_not_there(request, content)
+    _refuse_what_is_not_there(request, found, content)
     if request.pipeline_layout is not None:
         request = _with_layers(request, content.model.num_layers)
     output = target.plan(content, request.writing)
@@ -148,7 +148,10 @@ def state_of_files(folder: Path) -> str:
     return hash_text(canonical_json(list(_files(folder))))
 
 
-def _refuse_what_is_not_there(request: Request, content: Content) -> None:
+def _refuse_what_is_not_there(request: Request, found: Found, content: Content) -> None:
+    if request.step is not None and found.step is None and content.iteration != request.step:
+        which = "of no step" if content.iteration is None else f"step {content.iteration:,}"
+        raise UsageError(f"`{found.folder}` is {which}, and step {request.step:,} was asked for")
     form = request.writing.optimizer
     if content.optimizer is None and form not in (None, "none"):
         raise UsageError(
