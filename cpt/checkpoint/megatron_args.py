@@ -268,7 +268,9 @@ def to_layout(args: Args, model: ModelConfig, where: str) -> Layout:
         counts[-1] -= tail
         layers = tuple(counts)
     dp = number("data_parallel_size")
-    return Layout(tp=tp, pp=pp, ep=ep, etp=etp if isinstance(etp, int) else None, vp=vp, dp=dp, layers=layers)
+    return Layout(
+        tp=tp, pp=pp, ep=ep, etp=etp if isinstance(etp, int) and etp != tp else None, vp=vp, dp=dp, layers=layers
+    )
 
 
 def _counts(notation: str, where: str) -> tuple[int, ...]:

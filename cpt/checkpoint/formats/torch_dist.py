@@ -114,11 +114,14 @@ class _Name:
     half: int | None
 
     @property
+    def axes(self) -> tuple[bool, bool]:
+        """Whether layers, and whether experts, are a leading axis."""
+        return "{i}" in self.key and self.layer is None, "{e}" in self.key and self.expert is None
+
+    @property
     def stacked(self) -> int:
         """Leading axes that are layers or experts."""
-        layers = "{i}" in self.key and self.layer is None
-        experts = "{e}" in self.key and self.expert is None
-        return layers + experts
+        return sum(self.axes)
 
     def canonical(self, index: Sequence[int]) -> str:
         """The name of one slice.
@@ -127,8 +130,9 @@ class _Name:
             index: on the stacked axes.
         """
         rest = list(index)
-        layer = rest.pop(0) if self.layer is None and "{i}" in self.key else self.layer
-        expert = rest.pop(0) if self.expert is None and "{e}" in self.key else self.expert
+        layers, experts = self.axes
+        layer = rest.pop(0) if layers else self.layer
+        expert = rest.pop(0) if experts else self.expert
         return self.key.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
@@ -159,8 +163,8 @@ class _Reader:
     def __init__(self, folder: Path, reading: Reading) -> None:
         self.folder, self.reading = folder, reading
         self.source = Folder(folder)
-        self.common, self.left_out = _common(folder)
         self.manifest = self._manifest()
+        self.common, self.left_out = _common(folder)
         self.args = _args(self.common.get("args"))
         self.crc32: dict[str, list[tuple[int, int, int]]] = {}
         self.found: dict[tuple[str, bool, str], list[Place]] = {}
@@ -183,7 +187,7 @@ class _Reader:
                 flat.append(key)
                 continue
             name = _named(key)
-            if name is None or not self._add(tensor, name, expected):
+            if name is None or not self._add(tensor, name, model, expected):
                 unknown.append(key)
         if unknown:
             raise self._unknown(unknown, model, expected)
@@ -248,7 +252,7 @@ class _Reader:
             )
         return rows
 
-    def _add(self, tensor: Tensor, name: _Name, expected: Mapping[str, Fused]) -> bool:
+    def _add(self, tensor: Tensor, name: _Name, model: ModelConfig, expected: Mapping[str, Fused]) -> bool:
         """Take in a stored tensor; False when the model has no such tensor.
 
         Raises:
@@ -263,17 +267,16 @@ class _Reader:
         whole = fused.tensor.shape
         halves = 1 if name.half is None else 2
         wanted = (whole[0] // halves, *whole[1:])
+        stack = [n for n, axis in zip((model.num_layers, model.num_experts), name.axes, strict=True) if axis]
         original = self.source.original_shapes.get(tensor.key, tensor.shape)
-        if len(original) != lead + len(wanted) or tuple(original[lead:]) != wanted:
-            stack = ["layers", "experts"][-lead:] if "{e}" in name.key else ["layers"]
+        if list(original) != [*stack, *wanted]:
             raise UsageError(
-                f"`{self.folder}`: `{tensor.key}` has shape {list(original)}, the model wants "
-                f"{[*stack[:lead], *wanted]}"
+                f"`{self.folder}`: `{tensor.key}` has shape {list(original)}, the model wants {[*stack, *wanted]}"
             )
         keys = list(self._keys(name, tensor))
         for key in keys:
             if key not in expected:
-                raise UsageError(f"`{self.folder}`: `{tensor.key}` has shape {list(original)}: no `{key}` in the model")
+                raise UsageError(f"`{self.folder}`: `{tensor.key}` holds `{key}`, which the model does not have")
             owner = self.owners.setdefault((name.state, key, name.half), tensor.key)
             if owner != tensor.key:
                 raise UsageError(f"`{self.folder}` has `{key}` twice: as `{owner}` and as `{tensor.key}`")

@@ -68,8 +68,8 @@ def plan(content: Content, writing: Writing) -> Output:
     """
     model, layout = content.model, writing.layout
     padded = writing.padded_vocab_size(content)
-    layouts.check(model, layout, padded)
     form = _form(content, writing)
+    layouts.check(model, layout, padded, cuts_layers=form == "dp_reshardable")
     spec = "te" if writing.spec == "te" else "local"
     dtypes = writing.weight_dtypes(content)
     tensors = mapping.megatron_tensors(model, padded, pad_rows=content.pad_rows)
@@ -174,8 +174,8 @@ def _chunks(
     key, index, lengths = _stored(model, fused.key, spec, stacked=stacked)
     shape = fused.tensor.shape
     rows, columns = as_matrix(shape)
-    pieces = max(1, -(-rows * columns * itemsize(dtype) // CHUNK))
-    step = -(-rows // pieces)
+    most = max(1, CHUNK // max(1, columns * itemsize(dtype)))
+    step = -(-rows // -(-rows // most))  # of equal pieces
     for row in range(0, rows, step):
         count = min(step, rows - row)
         fills = tuple(crop(fused.tensor.fills, row, count, 0, columns))
