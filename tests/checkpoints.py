@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cpt.checkpoint import hf_config, mapping
+from cpt.checkpoint import find, hf_config, mapping
 from cpt.checkpoint.arrays import CARRIERS, Files
 from cpt.checkpoint.content import Content
-from cpt.checkpoint.formats import FORMATS, Reading, Writing
-from cpt.checkpoint.formats import atom as _atom  # noqa: F401 - registers itself
-from cpt.checkpoint.formats import hf as _hf  # noqa: F401 - registers itself
+from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.writing import FileSums, write_file
 from cpt.plan.types import ModelConfig
 
@@ -137,8 +135,9 @@ def convert(
     Returns:
         The folder that holds the checkpoint: `out`, or the step's folder in it.
     """
-    content = source if isinstance(source, Content) else FORMATS.get(given).open(source, reading or Reading())
-    output = FORMATS.get(to).plan(content, writing or Writing())
+    formats = find.known()
+    content = source if isinstance(source, Content) else formats[given].open(source, reading or Reading())
+    output = formats[to].plan(content, writing or Writing())
     folder = out / output.step_folder
     folder.mkdir(parents=True)
     files = Files()

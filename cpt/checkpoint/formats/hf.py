@@ -113,7 +113,7 @@ class HuggingFace(Format):
             _check_vocabulary(content.args, model, content.path)
         tensors = mapping.hf_tensors(model)
         if writing.keep_padding and (padded := content.padded_vocab_size or 0) > model.vocab_size:
-            tensors = {name: _padded(t, model, padded) for name, t in tensors.items()}
+            tensors = {name: _padded(t, model, padded, content.atoms[name].pad_rows) for name, t in tensors.items()}
             model = replace(model, vocab_size=padded)
         state, dtypes = MODEL, writing.weight_dtypes(content)
         if writing.from_master:
@@ -309,13 +309,15 @@ def _check_vocabulary(args: Mapping[str, Any], model: ModelConfig, where: Path) 
         )
 
 
-def _padded(tensor: Tensor, model: ModelConfig, padded: int) -> Tensor:
-    """A tensor with the vocabulary's padding rows, if it is one that has them."""
+def _padded(tensor: Tensor, model: ModelConfig, padded: int, pad_rows: int) -> Tensor:
+    """A tensor with the vocabulary's padding rows, if it is one that has them; rows that no source has are zeros."""
     if tensor.key not in vocabulary_atoms(model):
         return tensor
     (fill,) = tensor.fills
-    extra = Fill(fill.atom, model.vocab_size, padded - model.vocab_size, 0, fill.columns, pad=True)
-    return Tensor(tensor.key, (padded, *tensor.shape[1:]), (fill, extra))
+    start, kept = model.vocab_size, min(pad_rows, padded - model.vocab_size)
+    fills = [fill, Fill(fill.atom, start, kept, 0, fill.columns, pad=True)]
+    fills.append(Fill(None, start + kept, padded - start - kept, 0, fill.columns))
+    return Tensor(tensor.key, (padded, *tensor.shape[1:]), tuple(f for f in fills if f.rows))
 
 
 def vocabulary_atoms(model: ModelConfig) -> tuple[str, ...]:
