@@ -195,7 +195,7 @@ def content(members: Sequence[tuple[Content, float]], files: Files) -> Content:
         made = {MODEL: _mean([(w, _unrounded(c.atoms[name].states)) for c, w in chosen])}
         pad = {MODEL: _mean([(w, _unrounded(c.atoms[name].pad)) for c, w in chosen])} if with_pad and atom.pad else {}
         atoms[name] = Atom(name=name, shape=atom.shape, dtype=dtype, states=made, pad=pad)
-    dropped = [f"the optimizer's state of `{c.path.name}`" for c in used if c.has_optimizer]
+    dropped = [f"the optimizer's state of `{c.path}`" for c in used if c.has_optimizer]
     crcs: dict[str, tuple[tuple[int, int, int], ...]] = {}
     for one in used:
         crcs |= {str(one.path / file): sums for file, sums in one.crc32.items()}

@@ -46,7 +46,7 @@ COMMANDS = {
     "diff": Command(LOOK, "How two plans or runs differ, value by value"),
     "sync": Command(LOOK, "Send an offline run to wandb"),
     "data": Command(DATA, "Prepare corpora and look at them"),
-    "ckpt": Command(DATA, "List, show and verify checkpoints"),
+    "ckpt": Command(DATA, "List, show, verify, compare and average checkpoints"),
     "convert-ckpt": Command(DATA, "Convert a checkpoint to another format"),
     "sample": Command(DATA, "Print a continuation of a text by a checkpoint"),
     "fit-law": Command(LAWS, "Fit a law to small runs and ask it for the best mixture"),

@@ -1,19 +1,23 @@
-"""`cpt ckpt`: which checkpoints there are, what one is, and whether its bytes are what was written."""
+"""`cpt ckpt`: which checkpoints there are, what one is, whether it is good, how two differ, and averages of several."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cpt.base.errors import FAILED, UsageError
+from cpt.base.registry import unknown
 from cpt.base.units import show_bytes, show_count
-from cpt.cli.flags import Json, note, result, result_json
+from cpt.cli.flags import Json, note, result, result_json, warning
 from cpt.cli.where import place
 
 if TYPE_CHECKING:
+    from cpt.checkpoint.content import Optimizer
+    from cpt.checkpoint.find import Found
     from cpt.checkpoint.manifest import Manifest
     from cpt.plan.types import ModelConfig
 
@@ -24,9 +28,14 @@ One = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
-        help="`iter_*` folder; of a stage its newest whole one, of a run that of its last trained stage.",
+        help="A checkpoint of any format; of a folder of steps or a stage its newest whole one, of a run that of its "
+        "last trained stage.",
     ),
 ]
+Step = Annotated[
+    str | None, typer.Option("--step", metavar="STEP", help="Which step.", show_default="the newest whole one")
+]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads.", show_default="one a core")]
 
 
 def list_checkpoints(path: Where, json: Json = False) -> int:
@@ -57,18 +66,34 @@ def list_checkpoints(path: Where, json: Json = False) -> int:
     return 0
 
 
-def show(checkpoint: One, json: Json = False) -> int:
-    """Show what a checkpoint is: model, stage, step, where each source stands, layout, versions."""
-    from cpt.base.files import read_json
-    from cpt.checkpoint import manifest, store
+def show(checkpoint: One, step: Step = None, json: Json = False) -> int:
+    """Show what a checkpoint is: model, step, layout, optimizer, size, versions. Reads no values and runs no pickle."""
+    from cpt.checkpoint import manifest
 
-    path = place(checkpoint)
-    exported = store.hugging_face(path)
-    if exported is not None:
-        return _show_hugging_face(exported, json)
-    folder = store.resolve(path)
+    found = _found(checkpoint, step)
+    if (found.folder / manifest.NAME).is_file():
+        return _show_native(found.folder, json)
+    return _show_content(found, json)
+
+
+def _found(checkpoint: str, step: str | None) -> Found:
+    """The checkpoint that is meant; which of several is told."""
+    from cpt.base.units import parse_count
+    from cpt.checkpoint import find
+
+    found = find.find(place(checkpoint), None if step is None else parse_count(step))
+    for text in found.notes:
+        note(text)
+    return found
+
+
+def _show_native(folder: Path, json: bool) -> int:
+    """What our own manifest says."""
+    from cpt.base.files import read_json
+    from cpt.checkpoint import manifest
+
     if json:
-        result_json({"path": str(folder), **read_json(folder / manifest.NAME)})
+        result_json({"path": str(folder), "kind": "native", **read_json(folder / manifest.NAME)})
         return 0
     found = manifest.read(folder)
     model, origin = found.model, found.origin
@@ -89,54 +114,294 @@ def show(checkpoint: One, json: Json = False) -> int:
         "size": f"{show_bytes(found.bytes)} in {len(found.files)} files",
         "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
     }
-    result("\n".join(f"{name:<10} {value}" for name, value in lines.items()))
+    result(_columns(lines))
     return 0
 
 
-def verify(checkpoint: One, json: Json = False) -> int:
-    """Read every byte of a checkpoint: sizes, checksums, structure, main weights against model weights."""
-    from cpt.checkpoint import store
+def _show_content(found: Found, json: bool) -> int:
+    """What a checkpoint of any format says of itself."""
+    from cpt.checkpoint import find, hf_config
+    from cpt.checkpoint.content import Content
+    from cpt.checkpoint.formats import Reading
+    from cpt.plan.types import to_json
+
+    form = find.known()[found.format]
+    try:
+        content = form.open(found.folder, Reading())
+    except UsageError as error:
+        if found.format != "hf":
+            raise
+        warning(f"its weights cannot be used: {error.message}")
+        content = Content(format="hf", path=found.folder, model=hf_config.read_config(found.folder), atoms={})
+    facts = dict(form.facts(found.folder))
+    origin = _origin(found.folder)
+    files = {str(p.relative_to(found.folder)): p.stat().st_size for p in sorted(found.folder.rglob("*")) if p.is_file()}
+    dtypes: dict[str, int] = {}
+    for atom in content.atoms.values():
+        dtypes[atom.dtype] = dtypes.get(atom.dtype, 0) + 1
+    if json:
+        optimizer = content.optimizer
+        result_json(
+            {
+                "path": str(found.folder),
+                "kind": found.format,
+                "model": to_json(content.model),
+                "iteration": content.iteration,
+                "layout": to_json(content.layout) if content.layout else None,
+                "dtypes": dtypes,
+                "padded_vocab_size": content.padded_vocab_size,
+                "optimizer": {"form": optimizer.form, "step": optimizer.step, "groups": len(optimizer.groups)}
+                if optimizer
+                else None,
+                "id": content.id,
+                "left_out": list(content.left_out),
+                "facts": facts,
+                "converted_from": origin,
+                "files": files,
+            }
+        )
+        return 0
+    padded = content.padded_vocab_size
+    lines = {
+        "path": f"{found.folder}, {_KINDS.get(found.format, found.format)}",
+        "model": _model(content.model) + (f" (padded to {padded:,})" if padded else ""),
+        "tensors": f"{len(content.atoms):,}: " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items()),
+        "step": f"{content.iteration:,}" if content.iteration is not None else "–",
+        "layout": str(content.layout) if content.layout else "–",
+        "optimizer": _optimizer(content.optimizer),
+        "size": f"{show_bytes(sum(files.values()))} in {len(files):,} files",
+        "files": ", ".join(f"{n} {show_bytes(size)}" for n, size in list(files.items())[:_MOST_FILES])
+        + (f" and {len(files) - _MOST_FILES:,} more" if len(files) > _MOST_FILES else ""),
+    }
+    if content.id:
+        lines["id"] = content.id[:12]
+    if origin:
+        source = origin.get("source") or {}
+        lines["from"] = f"{source.get('format')}, {source.get('path')}"
+    if versions := _versions(content.args, origin):
+        lines["versions"] = versions
+    said = {
+        k: v for k, v in facts.items() if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "id"
+    }
+    if said:
+        lines["says"] = ", ".join(f"{k} {v}" for k, v in said.items())
+    for text in content.left_out:
+        note(f"not read: {text}")
+    result(_columns(lines))
+    return 0
+
+
+_KINDS = {
+    "hf": "a Hugging Face folder",
+    "torch_dist": "Megatron torch_dist",
+    "megatron": "Megatron rank files (legacy)",
+    "atom": "cpt atom",
+    "ds-universal": "DeepSpeed universal",
+}
+_MOST_FILES = 8
+
+
+def _optimizer(optimizer: Optimizer | None) -> str:
+    if optimizer is None:
+        return "none, weights only"
+    return f"Adam, {optimizer.step:,} updates" + (f", {optimizer.form}" if optimizer.form else "")
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What the folder says about the conversion that made it."""
+    from cpt.base.files import read_json
+    from cpt.checkpoint.verify import LISTS
+
+    for name in LISTS:
+        try:
+            found = read_json(folder / name)["conversion"]
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _versions(args: Mapping[str, Any] | None, origin: Mapping[str, Any]) -> str:
+    """Versions of what wrote it, as far as it says."""
+    found = {k: v for k, v in (args or {}).items() if k.endswith("version") and isinstance(v, str | int | float)}
+    versions = origin.get("versions")
+    found |= versions if isinstance(versions, dict) else {}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _columns(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def verify(checkpoint: One, step: Step = None, workers: Workers = None, json: Json = False) -> int:
+    """Read every byte of a checkpoint: structure, checksums, main weights against model weights, odd values.
+
+    Exit code 1 when something is wrong.
+    """
+    from cpt.base.processes import num_cores
+    from cpt.checkpoint import find, store
     from cpt.checkpoint import verify as checks
 
     path = place(checkpoint)
-    if store.hugging_face(path) is not None:
-        raise _is_hugging_face(path, "carries no checksums to verify")
-    folder = path if store.is_folder_name(path.name) else store.resolve(path)
-    wrong = checks.verify(folder)
+    itself = path.is_dir() and (store.is_folder_name(path.name) or find.recognise(path) is not None)
+    folder = path if itself and step is None else _found(checkpoint, step).folder
+    begin = time.monotonic()
+    report = checks.inspect(folder, workers=workers or num_cores())
+    seconds = time.monotonic() - begin
     if json:
-        result_json({"path": str(folder), "good": not wrong, "wrong": wrong})
-    elif wrong:
-        result("\n".join(f"{folder}: {line}" for line in wrong))
+        result_json(
+            {
+                "path": str(folder),
+                "kind": report.format,
+                "good": report.is_good,
+                "wrong": report.wrong,
+                "odd": report.odd,
+                "not_seen": report.unseen,
+                "checked": report.done,
+                "bytes": report.nbytes,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return 0 if report.is_good else FAILED
+    for text in report.odd:
+        note(text)
+    for text in report.unseen:
+        note(text)
+    if report.is_good:
+        rate = f"{report.nbytes / max(seconds, 1e-3) / 1e6:,.0f} MB/s"
+        result(f"{folder}: good ({report.format}: {', '.join(report.done)}; {show_bytes(report.nbytes)}, {rate})")
     else:
-        result(f"{folder}: good")
-    return FAILED if wrong else 0
+        result("\n".join(f"{folder}: {line.removeprefix(f'`{folder}`: ')}" for line in report.wrong))
+    return 0 if report.is_good else FAILED
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint of any format.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Compare the model and its weights only, no optimizer, padding or step.")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Compare two checkpoints of any formats and layouts bit by bit. Exit code 0 when equal, 1 when not."""
+    from cpt.checkpoint import diff as compare
+    from cpt.checkpoint import find
+    from cpt.checkpoint.arrays import Files
+    from cpt.checkpoint.formats import Reading
+
+    folders = [_found(text, None) for text in (a, b)]
+    contents = [find.known()[f.format].open(f.folder, Reading(optimizer=not weights)) for f in folders]
+    found = compare.diff(contents[0], contents[1], Files(), weights=weights)
+    if json:
+        result_json(
+            {
+                "equal": found.is_equal,
+                "a": {"path": str(folders[0].folder), "kind": folders[0].format},
+                "b": {"path": str(folders[1].folder), "kind": folders[1].format},
+                "compared": found.compared,
+                "tensors": [
+                    {
+                        "tensor": d.tensor,
+                        "state": d.state,
+                        "first": d.first,
+                        "values": d.values,
+                        "differing": d.count,
+                        "of": d.numel,
+                        "largest_difference": d.largest,
+                        "dtypes": d.dtypes,
+                    }
+                    for d in found.tensors
+                ],
+                "only_a": [what for side, what in found.only if side == 0],
+                "only_b": [what for side, what in found.only if side == 1],
+                "fields": [{"name": n, "a": x, "b": y} for n, x, y in found.fields],
+            }
+        )
+        return 0 if found.is_equal else FAILED
+    what = "weights" if weights else "tensors and states"
+    if found.is_equal:
+        result(f"equal: {found.compared:,} {what} of {folders[0].format} and {folders[1].format}")
+        return 0
+    lines = [f"{len(found.tensors):,} of {found.compared:,} {what} differ"] if found.tensors else []
+    lines += [f"  {d}" for d in found.tensors]
+    if not found.tensors:
+        lines.append(f"equal values in all {found.compared:,} {what} that both have")
+    lines += [f"only in {(a, b)[side]}: {text}" for side, text in found.only]
+    lines += [f"{name}: {_short(x)} and {_short(y)}" for name, x, y in found.fields]
+    result("\n".join(lines))
+    return FAILED
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def average(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="A B ...", help="Checkpoints of one model, of any formats.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder that is made.", show_default=False)],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W,...", help="How much of each goes in.", show_default="equally much"),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FORMAT", help="What OUT is to be.", show_default="as A")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the weights.", show_default="as they are"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Average the weights of checkpoints of one model, summed in fp64 from unrounded ones; without optimizer state."""
+    from cpt.base.processes import num_cores
+    from cpt.checkpoint.formats import Writing
+    from cpt.checkpoint.job import averaging
+    from cpt.checkpoint.job.convert import convert
+    from cpt.checkpoint.job.planning import Running
+    from cpt.cli.convert_ckpt import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("value for `--dtype`:", dtype, DTYPES)
+    given = _weights(weights, len(checkpoints))
+    members = [(place(text), weight) for text, weight in zip(checkpoints, given, strict=True)]
+    plan = averaging.plan(members, out, to, Writing(dtype=DTYPES[dtype] if dtype else None), note)
+    for text in plan.content.left_out:
+        note(f"left out: {text}")
+    report = convert(plan, Running(workers=workers or num_cores()), command="cpt ckpt average")
+    if json:
+        result_json(report.to_json())
+    elif report.done_before:
+        result(f"{report.folder} holds this average already (id {report.id[:12]}); nothing to do")
+    else:
+        shares = ", ".join(f"{w / sum(given):.3g} of {text}" for text, w in zip(checkpoints, given, strict=True))
+        result(f"{report.folder}: {shares}; {show_bytes(report.bytes)} as {plan.request.to}, weights only")
+    return 0
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"`--weights {text}` is not a list of numbers", "for example `--weights 0.5,0.3,0.2`"
+        ) from None
+    if len(found) != count:
+        raise UsageError(f"`--weights` names {len(found)} numbers for {count} checkpoints")
+    return found
 
 
 def _is_hugging_face(path: Path, why: str) -> UsageError:
     return UsageError(
         f"`{path}` is a Hugging Face folder, which {why}", f"`cpt ckpt show {path}` shows its model and its files"
     )
-
-
-def _show_hugging_face(folder: Path, json: bool) -> int:
-    """Model and files of a Hugging Face folder; no weights are read."""
-    from cpt.checkpoint import hf_config
-
-    model = hf_config.read_config(folder)
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    if json:
-        from cpt.plan.types import to_json
-
-        result_json({"path": str(folder), "kind": "hf", "model": to_json(model), "files": files})
-        return 0
-    lines = {
-        "path": f"{folder}, a Hugging Face folder",
-        "model": _model(model),
-        "size": f"{show_bytes(sum(files.values()))} in {len(files)} files",
-        "files": ", ".join(f"{name} {show_bytes(size)}" for name, size in files.items()),
-    }
-    result("\n".join(f"{name:<10} {value}" for name, value in lines.items()))
-    return 0
 
 
 def _model(model: ModelConfig) -> str:
@@ -196,4 +461,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-commands = {"list": list_checkpoints, "show": show, "verify": verify}
+commands = {"list": list_checkpoints, "show": show, "verify": verify, "diff": diff, "average": average}

@@ -13,6 +13,7 @@ from cpt.base.files import write_json
 from cpt.checkpoint import store
 from cpt.plan.types import ModelConfig, Optimizer, Parallel, Saving
 from tests.dist.ranks import run_ranks
+from tests.made_checkpoints import content, write
 from tests.shared import shared_data
 
 
@@ -98,7 +99,9 @@ def test_show_says_what_a_checkpoint_is(run: Path) -> None:
 
 def test_verify_finds_one_wrong_byte(run: Path) -> None:
     folder = run / "stages" / "domain" / "checkpoints" / store.folder_name(10)
-    assert cpt("ckpt", "verify", str(run)).stdout == f"{folder}: good\n"
+    done = cpt("ckpt", "verify", str(run))
+    assert done.returncode == 0 and done.stdout.startswith(f"{folder}: good (torch_dist: structure, ")
+    assert "main weights against model weights of 2" in done.stdout
     shard = folder / "__1_0.distcp"
     good = shard.read_bytes()
     try:
@@ -113,11 +116,92 @@ def test_verify_finds_one_wrong_byte(run: Path) -> None:
         shard.write_bytes(good)
 
 
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One training state as each format that is written, and the weights of another."""
+    root = tmp_path_factory.mktemp("formats")
+    made = content(root / "made")
+    found = {name: write(made, name, root / name) for name in ("hf", "atom", "torch_dist", "megatron")}
+    found["other"] = write(content(root / "made2", seed=5, optimizer=False), "hf", root / "other")
+    return found
+
+
+@pytest.mark.parametrize("name", ["hf", "atom", "torch_dist", "megatron"])
+def test_every_format_is_shown_and_verified(formats: dict[str, Path], name: str) -> None:
+    done = cpt("ckpt", "show", str(formats[name]))
+    assert done.returncode == 0 and "llama, 8,176 parameters, 3 layers of 16, vocabulary 45" in done.stdout
+    assert ("Adam, 7 updates" in done.stdout) == (name != "hf")
+    shown = json.loads(cpt("ckpt", "show", str(formats[name]), "--json").stdout)
+    assert shown["model"]["head_dim"] == 6
+    if name == "torch_dist":  # ours has a manifest that says more
+        assert shown["kind"] == "native" and shown["optimizer"]["step"] == 7
+    else:
+        assert shown["kind"] == name and shown["dtypes"] == {"bfloat16": 30} and "30: 30 bfloat16" in done.stdout
+    done = cpt("ckpt", "verify", str(formats[name]), "--json", "--workers", "2")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["good"] and report["kind"] == name and not report["wrong"]
+    assert bool(report["not_seen"]) == (name == "hf")
+
+
+@pytest.mark.parametrize("name", ["atom", "torch_dist", "megatron"])
+def test_one_training_state_is_equal_in_all_formats(formats: dict[str, Path], name: str) -> None:
+    other = {"atom": "torch_dist", "torch_dist": "megatron", "megatron": "atom"}[name]
+    done = cpt("ckpt", "diff", str(formats[name]), str(formats[other]), "--json")
+    found = json.loads(done.stdout)
+    assert not found["tensors"] and found["compared"] == 4 * 30 + 4 * 2, found
+    done = cpt("ckpt", "diff", str(formats["hf"]), str(formats[name]), "--weights")
+    assert done.returncode == 0 and done.stdout == f"equal: 30 weights of hf and {name}\n", done.stdout
+
+
+def test_a_difference_is_told_with_index_and_values(formats: dict[str, Path]) -> None:
+    done = cpt("ckpt", "diff", str(formats["hf"]), str(formats["other"]), "--weights")
+    assert done.returncode == 1 and done.stdout.startswith("30 of 30 weights differ\n")
+    assert "`model.norm.weight` model: 16 of 16 values differ, first at [0]: " in done.stdout
+    done = cpt("ckpt", "diff", str(formats["hf"]), str(formats["atom"]))
+    assert done.returncode == 1 and "only in" in done.stdout and "exp_avg of `model.embed_tokens.weight`" in done.stdout
+    assert "equal values in all 30 tensors and states that both have" in done.stdout
+
+
+def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (
+        "ckpt",
+        "average",
+        str(formats["torch_dist"]),
+        str(formats["other"]),
+        "--weights",
+        "1,0",
+        "--out",
+        str(out),
+    )
+    done = cpt(*words, "--to", "hf")
+    assert done.returncode == 0 and "weights only" in done.stdout, done.stderr
+    assert "left out: the optimizer's state of" in done.stderr
+    assert cpt("ckpt", "diff", str(out), str(formats["atom"]), "--weights").returncode == 0
+    assert "holds this average already" in cpt(*words, "--to", "hf").stdout
+    done = cpt(
+        "ckpt", "average", str(formats["hf"]), str(formats["other"]), "--out", str(tmp_path / "b"), "--dtype", "fp32"
+    )
+    assert done.returncode == 0 and not list(tmp_path.glob("*.partial"))
+    shown = json.loads(cpt("ckpt", "show", str(tmp_path / "b"), "--json").stdout)
+    assert shown["dtypes"] == {"float32": 30} and shown["converted_from"]["options"]["dtype"] == "float32"
+    for flags, words_ in (
+        (("--weights", "1"), "names 1 numbers for 2"),
+        (("--weights", "a,b"), "is not a list of numbers"),
+        (("--to", "hff"), "did you mean `hf`"),
+        (("--dtype", "int8"), "unknown value"),
+    ):
+        done = cpt("ckpt", "average", str(formats["hf"]), str(formats["other"]), "--out", str(tmp_path / "c"), *flags)
+        assert done.returncode == 2 and words_ in done.stderr and not (tmp_path / "c").exists()
+
+
 def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     for arguments, words in (
         (("ckpt", "list", str(tmp_path / "none")), "is not a folder"),
-        (("ckpt", "show", str(tmp_path)), "holds no checkpoint"),
-        (("ckpt", "verify", str(tmp_path)), "holds no checkpoint"),
+        (("ckpt", "show", str(tmp_path)), "is no checkpoint: it holds nothing"),
+        (("ckpt", "verify", str(tmp_path)), "is no checkpoint: it holds nothing"),
+        (("ckpt", "diff", str(tmp_path), str(tmp_path)), "is no checkpoint: it holds nothing"),
+        (("ckpt", "average", str(tmp_path), "--out", str(tmp_path / "x")), "lies inside"),
         (("sample", str(tmp_path), "x"), "holds no checkpoint"),
         (("sample", str(tmp_path), "x", "--top-p", "0"), "`--top-p` is 0.0"),
     ):

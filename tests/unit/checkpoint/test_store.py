@@ -49,6 +49,7 @@ def a_checkpoint(checkpoints: Path, step: int, phase: str = "train") -> Path:
     folder = checkpoints / store.folder_name(step)
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(b"hello")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     manifests.write(folder, a_manifest(step, phase))
     return folder
 

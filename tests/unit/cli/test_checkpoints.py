@@ -65,10 +65,11 @@ def test_a_hugging_face_folder_is_told_as_what_it_is(run: Path) -> None:
     for path in (export, export / "hf"):
         shown = cpt("ckpt", "show", str(path))
         assert shown.code == 0 and "a Hugging Face folder" in shown.out and "llama" in shown.out
-        assert "model.safetensors" in shown.out
-        for words in ("list", "verify"):
-            ended = cpt("ckpt", words, str(path))
-            assert ended.code == 2 and "is a Hugging Face folder" in ended.err and "cpt ckpt show" in ended.err
+        assert "model.safetensors" in shown.out and "warning: its weights cannot be used: " in shown.err
+        ended = cpt("ckpt", "list", str(path))
+        assert ended.code == 2 and "is a Hugging Face folder" in ended.err and "cpt ckpt show" in ended.err
+        ended = cpt("ckpt", "verify", str(path))
+        assert ended.code == 1 and "tensor `model.embed_tokens.weight` is missing" in ended.out
         assert sample.find(path).folder == export / "hf"
     value = json.loads(cpt("ckpt", "show", str(export), "--json").out)
     assert value["kind"] == "hf" and value["model"]["num_layers"] == 4 and value["files"]["model.safetensors"] == 10
@@ -76,4 +77,5 @@ def test_a_hugging_face_folder_is_told_as_what_it_is(run: Path) -> None:
 
 def test_what_is_neither_is_told_what_would_do(tmp_path: Path) -> None:
     ended = cpt("ckpt", "show", str(tmp_path))
-    assert ended.code == 2 and "hint: give a run, a stage, an `iter_*` folder or a Hugging Face folder" in ended.err
+    assert ended.code == 2 and "hint: known are folders of Hugging Face" in ended.err
+    assert "and runs and stages of cpt" in ended.err

@@ -1,0 +1,67 @@
+"""A conversion whose source is the weighted average of several checkpoints, of any formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cpt import __version__
+from cpt.base.files import canonical_json, hash_text
+from cpt.base.registry import unknown
+from cpt.checkpoint import average, find
+from cpt.checkpoint.arrays import Files
+from cpt.checkpoint.content import Content
+from cpt.checkpoint.formats import Reading, Writing
+from cpt.checkpoint.job.planning import VERSION, Plan, Request, refuse_one_in_the_other, state_of_files
+
+
+def plan(
+    members: Sequence[tuple[Path, float]],
+    out: Path,
+    to: str | None,
+    writing: Writing,
+    note: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Open the members and plan the folder of their average; writes nothing, reads values for the master test only.
+
+    Args:
+        members: any folders that `find` knows, and how much of each goes in.
+        to: a format's name; None = that of the first member, or `hf` where that is read only.
+        note: called with one line for a person.
+
+    Raises:
+        UsageError: as `average.content`, `find`, the formats' `open` and `plan`.
+    """
+    known = find.known()
+    writable = [n for n, f in known.items() if f.can_write]
+    if to is not None and to not in writable:
+        raise unknown("format", to, writable)
+    opened: list[tuple[Content, float]] = []
+    found: list[find.Found] = []
+    for folder, weight in members:
+        refuse_one_in_the_other(folder, out)
+        one = find.find(folder)
+        for text in one.notes:
+            note(text)
+        found.append(one)
+        opened.append((known[one.format].open(one.folder, Reading()), weight))
+    mean = average.content(opened, Files())
+    if mean.padded_vocab_size is None and any(c.padded_vocab_size for c, _ in opened):
+        note("the members have different padding rows of the vocabulary: they are left out")
+    to = to or (found[0].format if found[0].format in writable else "hf")
+    writing = dataclasses.replace(writing, optimizer="none")
+    identity = hash_text(
+        canonical_json([[f.format, state_of_files(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)])
+    )
+    named = [VERSION, __version__, "average", identity, to, dataclasses.asdict(writing)]
+    return Plan(
+        request=Request(source=members[0][0], out=out, to=to, writing=writing),
+        found=found[0],
+        content=mean,
+        output=known[to].plan(mean, writing),
+        id=hash_text(canonical_json(named)),
+        identity=identity,
+        options={"average": [[str(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}
+        | ({"dtype": writing.dtype} if writing.dtype else {}),
+    )
