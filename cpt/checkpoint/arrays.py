@@ -482,6 +482,12 @@ class Files:
             return view.reshape(-1)
         return None
 
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let go of the maps."""
         self._maps.clear()
