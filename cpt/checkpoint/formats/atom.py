@@ -128,7 +128,7 @@ def _plan(content: Content, writing: Writing) -> Output:
         }
         return made | {MANIFEST: _lines(manifest)}
 
-    return Output(files=files, finish=finish, copies=copies, dropped=tuple(dropped))
+    return Output(files=files, finish=finish, copies=copies, dropped=tuple(dropped), manifest=MANIFEST)
 
 
 def _states(content: Content, atom: Atom, dtype: str, with_optimizer: bool) -> Iterator[_Stored]:

@@ -88,7 +88,9 @@ class Report:
 
 def dropped(plan: Plan) -> tuple[str, ...]:
     """What of the source is not in the folder, each once."""
-    return tuple(dict.fromkeys((*plan.content.left_out, *plan.output.dropped)))
+    asked = plan.request.writing.optimizer == "none" and plan.found.format != "hf"
+    chosen = ("optimizer state, as asked",) if asked else ()
+    return tuple(dict.fromkeys((*plan.content.left_out, *chosen, *plan.output.dropped)))
 
 
 def record(plan: Plan, facts: Facts, *, checksums: int, compared: bool) -> dict[str, Any]:
