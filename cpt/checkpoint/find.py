@@ -25,7 +25,6 @@ from cpt.checkpoint.formats import FORMATS, Format
 
 PARTIAL = ".partial"  # of an unfinished conversion
 UNIVERSAL = "latest_universal"
-RELEASE = "release"
 _UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
 _RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,}){0,2}")
 # A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
@@ -136,8 +135,8 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
         if why is None and ours and not (folder / manifest.NAME).is_file():
             why = "its save never finished (no manifest)"
         yield _Candidate(folder, number, why)
-    if (path / RELEASE).is_dir():
-        yield _Candidate(path / RELEASE, None, why_not_whole(path / RELEASE))
+    if (path / store.RELEASE).is_dir():
+        yield _Candidate(path / store.RELEASE, None, why_not_whole(path / store.RELEASE))
 
 
 def _chosen(path: Path, candidates: list[_Candidate], step: int | None) -> Found:
@@ -188,7 +187,7 @@ def _tracked(path: Path, candidates: list[_Candidate], notes: list[str]) -> _Can
 
 
 def _name(candidate: _Candidate) -> str:
-    return RELEASE if candidate.step is None else f"{candidate.step:,}"
+    return store.RELEASE if candidate.step is None else f"{candidate.step:,}"
 
 
 def _step_of(folder: Path) -> int | None:

@@ -91,8 +91,12 @@ def layers_of(layout: Layout, num_layers: int) -> dict[tuple[int, int], range]:
     return found
 
 
-def check(model: ModelConfig, layout: Layout, padded_vocab_size: int) -> None:
+def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_layers: bool = True) -> None:
     """Whether a model can be cut like that.
+
+    Args:
+        cuts_layers: whether what is written depends on how many layers each part has; if not, parts that nobody
+            counted may be unequal.
 
     Raises:
         UsageError: names every size that does not divide, and the values that would.
@@ -125,10 +129,11 @@ def check(model: ModelConfig, layout: Layout, padded_vocab_size: int) -> None:
                 problems.append(f"{inner} tensor ranks do not divide `{what}` {size} (possible: {_divisors(size)})")
     elif ep > 1:
         problems.append(f"ep is {ep}, but the model has no experts")
-    try:
-        layers_of(layout, model.num_layers)
-    except UsageError as error:
-        problems.append(error.message)
+    if cuts_layers or layout.layers is not None:
+        try:
+            layers_of(layout, model.num_layers)
+        except UsageError as error:
+            problems.append(error.message)
     if problems:
         raise UsageError(problems[0], more=tuple(UsageError(p) for p in problems[1:]))
 

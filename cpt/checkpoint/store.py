@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron's folder for weights that belong to no step, as a converted model's
 _FOLDER = re.compile(r"iter_(\d{7,})")
 _REMOVED, _NEW = ".removing-", ".writing-"
 
@@ -102,6 +103,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         skipped += passed
         if found is not None:
             return found
+        if is_whole(checkpoints / RELEASE):
+            return checkpoints / RELEASE
     if skipped:
         raise UsageError(f"`{path}` holds no whole checkpoint", *(f"`{p}`: {why}" for p, why in skipped[:3]))
     raise UsageError(

@@ -95,6 +95,7 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
     from cpt.checkpoint.find import find as find_any
     from cpt.checkpoint.find import known
     from cpt.checkpoint.formats import Reading
+    from cpt.checkpoint.formats.torch_dist import MANIFEST
 
     found = find_any(path, step)
     if format_ not in ("auto", found.format):
@@ -115,7 +116,11 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
         identity=identity,
         config=None if config is None else str(config),
     )
-    holds = ("weights", "optimizer") if content.has_optimizer else ("weights",)
+    said = content.objects.get(MANIFEST) or {}  # of a checkpoint of ours on its way through another format
+    progress = dict(said.get("progress") or {})
+    lr = _parent_lr(progress)
+    holds = ["weights", *(["cursor"] if progress else []), *(["optimizer"] if content.has_optimizer else [])]
+    holds += ["lr"] if lr is not None else []
     tokenizer = content.files.get("tokenizer.json")
     return Checkpoint(
         kind="native",
@@ -123,7 +128,9 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
         identity=identity,
         model=content.model,
         tokenizer=tokenizer.parent if tokenizer is not None else None,
-        holds=holds,
+        tokenizer_hash=(said.get("origin") or {}).get("tokenizer_hash"),
+        holds=tuple(holds),
+        lr=lr,
         conversion=conversion,
     )
 

@@ -1,6 +1,6 @@
-"""What a run needs before its final plan can be made: a tokenizer and the tokenised corpora.
+"""What a run needs before its final plan can be made: a tokenizer, the tokenised corpora, and native checkpoints.
 
-Both go into the cache under their own identity, so that other runs find them; a second call finds everything done.
+All go into the cache under their own identity, so that other runs find them; a second call finds everything done.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from cpt.base.errors import PlanError
 from cpt.base.processes import num_cores
+from cpt.base.units import show_bytes, show_duration
 from cpt.plan.check import few, nothing_held_out
-from cpt.plan.types import RunPlan
+from cpt.plan.types import Conversion, RunPlan
 
 if TYPE_CHECKING:
     from cpt.data.prepare import Preparing
@@ -35,14 +36,16 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
     Args:
         plan: may still hold estimates.
         report: called as `report(kind, **fields)` with the events of `base.events`.
-        workers: processes to tokenise with; None = the cores of this machine.
+        workers: processes to tokenise and convert with; None = the cores of this machine.
     """
     from cpt.data import prepare as corpora
 
+    workers = workers or num_cores()
+    for folder, conversion in plan.conversions.items():
+        make_native(conversion, Path(folder), workers, report)
     names = used_sources(plan)
     if not names:
         return Prepared({}, plan.tokenizer.path)
-    workers = workers or num_cores()
     tokenizer = tokenizer_of(plan, report)
     folders = {}
     for name in names:
@@ -53,6 +56,24 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
             report("note", text=f"source `{name}` has {few(corpus.facts)}: nothing of it is held out to measure")
         report("data", source=name, tokens=corpus.facts.tokens, seconds=round(time.monotonic() - start, 3), done=True)
     return Prepared(folders, str(tokenizer))
+
+
+def make_native(conversion: Conversion, folder: Path, workers: int, report: Callable[..., None]) -> None:
+    """Convert a checkpoint of another format into a folder of steps of ours; nothing to do where that is there."""
+    from cpt.checkpoint.formats import Reading
+    from cpt.checkpoint.job.convert import convert
+    from cpt.checkpoint.job.planning import Request, Running
+    from cpt.checkpoint.job.planning import plan as plan_conversion
+
+    if folder.is_dir():
+        return
+    start = time.monotonic()
+    report("note", text=f"converting `{conversion.source}` ({conversion.shown}) to a native checkpoint")
+    config = None if conversion.config is None else Path(conversion.config)
+    request = Request(source=Path(conversion.source), out=folder, to="torch_dist", reading=Reading(config=config))
+    done = convert(plan_conversion(request), Running(workers=workers), command="cpt run")
+    seconds = show_duration(time.monotonic() - start)
+    report("note", text=f"converted `{conversion.source}`: {show_bytes(done.bytes)} in {seconds}")
 
 
 def _told(report: Callable[..., None]) -> Callable[[Preparing], None]:
