@@ -158,8 +158,9 @@ def held(
     Args:
         tp, pp, ep: the rank.
         spec: one of `SPECS`: names of norms and experts.
+        pad_rows: padding rows of the vocabulary that are there to be taken (see `mapping.megatron_tensors`).
     """
-    whole = mapping.megatron_tensors(model, padded_vocab_size)
+    whole = mapping.megatron_tensors(model, padded_vocab_size, pad_rows=pad_rows)
     stages = layers_of(layout, model.num_layers)
     found: list[Held] = []
     for chunk in range(layout.vp):
