@@ -425,6 +425,7 @@ class Files:
                 total += part
             out[...] = convert(convert(total, "float64", array.dtype), array.dtype, dtype)
             return
+        found = 0
         for p in crossing(array.places, row, row + rows):
             top, bottom = max(p.row, row), min(p.row + p.rows, row + rows)
             left, right = max(p.column, column), min(p.column + p.columns, column + columns)
@@ -434,6 +435,9 @@ class Files:
             if self.count_rounded and array.dtype != dtype:
                 self.rounded += changed_by_rounding(view, array.dtype, dtype)
             out[top - row : bottom - row, left - column : right - column] = convert(view, array.dtype, dtype)
+            found += (bottom - top) * (right - left)
+        # What is not there would be whatever the buffer held before.
+        assert found == rows * columns, f"{found} of {rows * columns} values at [{row}, {column}] of {array.shape}"
 
     def fill(
         self, segment: Segment, first: int, last: int, array_of: ArrayOf, out: Matrix, dtype: str, column: int = 0
