@@ -36,20 +36,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": None, "hidden_size": 64},
     "gpt_neox-sequential": {"num_key_value_heads": None, "hidden_size": 64, "use_parallel_residual": False},
 }
+# Families that can be converted, trained here or not.
+_NO_LLAMA_KEYS = dict.fromkeys(SIZES.keys() - {"vocab_size", "initializer_range"})
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 28, "num_experts": 4}
+_LLAMA3 = FAMILIES["llama-tied-scaled"]["rope_parameters"]
+CONVERTED: dict[str, dict[str, Any]] = {
+    "llama": FAMILIES["llama"],
+    "llama-tied-llama3": FAMILIES["llama-tied-scaled"]
+    | {"rope_parameters": _LLAMA3 | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+    "mistral": FAMILIES["mistral"],
+    "qwen2": FAMILIES["qwen2"],
+    "qwen3": FAMILIES["qwen3"],
+    "gpt_neox": FAMILIES["gpt_neox"],
+    "gpt_neox-sequential": FAMILIES["gpt_neox-sequential"],
+    "gpt2": {**_NO_LLAMA_KEYS, "n_layer": 3, "n_embd": 48, "n_head": 4, "n_inner": 88, "n_positions": 96},
+    "mixtral": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 36,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {"head_dim": 20, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": False},
+}
 
 
 def make(folder: Path, name: str, seed: int = 0, **changes: Any) -> Path:
-    """Save a random model of a family of `FAMILIES`. Norms and biases are random too, so that none can be mixed up."""
+    """Save a random model of a family of `FAMILIES` or `CONVERTED`.
+
+    Norms and biases are random too, so that none can be mixed up.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {k: v for k, v in (SIZES | FAMILIES[name] | changes).items() if v is not None}
+    options = {k: v for k, v in (SIZES | (FAMILIES | CONVERTED)[name] | changes).items() if v is not None}
     config = AutoConfig.for_model(name.split("-")[0], **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or not parameter.any():  # routers start as zeros
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return folder
