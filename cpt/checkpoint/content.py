@@ -98,7 +98,8 @@ class Content:
         unrounded: atoms whose `model` is declared not to be `fp32` rounded (stochastic rounding, FP8); both are kept.
         id: of an atom checkpoint, the same for equal training states.
         left_out: one line for each thing that the format holds and this content does not.
-        crc32: checksums that the format itself carries, by file: [(start, length, crc32)] of stored bytes.
+        crc32: checksums that the format itself carries, by file as places name it: [(start, length, crc32)] of stored
+            bytes.
     """
 
     format: str

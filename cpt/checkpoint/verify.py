@@ -216,6 +216,20 @@ def file_sums(folder: Path) -> list[Sum]:
     return []
 
 
+def with_listed_sums(content: Content) -> Content:
+    """A content that also knows the checksums that a manifest beside it lists, of files without checksums of their own.
+
+    Raises:
+        UsageError: the manifest is damaged, or a file that it lists is missing or of another size.
+    """
+    sums = file_sums(content.path)
+    for line in (s.why_not_there() for s in sums):
+        if line is not None:
+            raise UsageError(f"`{content.path}`: {line}")
+    more = {str(s.file): ((0, s.length, s.crc32),) for s in sums if str(s.file) not in content.crc32}
+    return replace(content, crc32={**content.crc32, **more}) if more else content
+
+
 def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str) -> Sum:
     inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
     if not inside or isinstance(size, bool) or not isinstance(size, int) or size < 0:
@@ -227,7 +241,7 @@ def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str
 def _stored_sums(content: Content, whole: Container[str]) -> Iterator[Sum]:
     """Checksums that the format itself carries, of files that no manifest covers as a whole."""
     for name, ranges in content.crc32.items():
-        file = content.path / name  # names of files may be whole paths
+        file = Path(name)
         if str(file) not in whole:
             for start, length, crc in ranges:
                 yield Sum(file, start, length, crc, content.format)

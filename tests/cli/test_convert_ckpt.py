@@ -185,7 +185,7 @@ def test_events_as_json(big: Path, tmp_path: Path) -> None:
         (["in", "out", "--to", "hf", "--tp", "0"], "greater than or equal to 1"),
         (["in", "out", "--to", "hf", "--tpp", "2"], "unknown flag `--tpp`"),
         (["in", "out"], "`--to` is missing"),
-        (["im", "out", "--to", "hf"], "did you mean"),
+        (["ther", "out", "--to", "hf"], "did you mean `there`?"),
         (["in/config.json", "out", "--to", "hf"], "is a file"),
         (["in", "in", "--to", "hf"], "both what is read and what is written"),
         (["in", "../here/in", "--to", "hf"], "both what is read and what is written"),

@@ -301,7 +301,7 @@ class _Reader:
     def _located(self, record: Record) -> int:
         """Where a chunk's values start in its file; notes their checksum."""
         stored = self.source.located(record)
-        self.crc32.setdefault(record.file, []).append((stored.start, stored.length, stored.crc32))
+        self.crc32.setdefault(self._file(record), []).append((stored.start, stored.length, stored.crc32))
         return stored.start
 
     def _add_chunk(self, record: Record, start: int, name: _Name, expected: Mapping[str, Fused], base: int) -> None:
