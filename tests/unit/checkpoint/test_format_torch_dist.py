@@ -232,10 +232,12 @@ def test_without_our_manifest_the_arguments_say_what_the_model_is(tmp_path: Path
     assert again.layout == Layout() and again.args is not None and again.args["num_experts"] == 4
 
 
-def test_another_padding_cuts_rows_or_adds_zeros(tmp_path: Path) -> None:
-    content = made_checkpoints.content(tmp_path / "made", LLAMA, padded=48)
+@pytest.mark.parametrize("form", ["fully_reshardable", "dp_reshardable"])
+def test_another_padding_cuts_rows_or_adds_zeros(form: str, tmp_path: Path) -> None:
+    model = dataclasses.replace(LLAMA, ffn_hidden_size=20)
+    content = made_checkpoints.content(tmp_path / "made", model, padded=48)
     name = "model.embed_tokens.weight"
-    more = convert(content, tmp_path / "more", Writing(vocabulary_multiple=32))
+    more = convert(content, tmp_path / "more", Writing(vocabulary_multiple=16, layout=Layout(tp=4), optimizer=form))
     assert more.padded_vocab_size == 64 and more.atoms[name].pad_rows == 64 - 45
     for state in (MODEL, *OPTIMIZER):
         kept = held(content, name, state, True)
