@@ -1,0 +1,134 @@
+"""A person's folder leads to the checkpoint that is meant, or to one sentence that says what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cpt.base.errors import UsageError
+from cpt.base.files import write_json
+from cpt.checkpoint import find
+from tests import made_checkpoints
+from tests.shared import shared_data
+
+FORMATS = ("hf", "atom", "torch_dist", "megatron")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("made")
+    given = made_checkpoints.content(root / "values")
+    return {name: made_checkpoints.write(given, name, root / name) for name in FORMATS}
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def said(path: Path, step: int | None = None) -> str:
+    with pytest.raises(UsageError) as error:
+        find.find(path, step)
+    return "\n".join([error.value.message, *error.value.hints])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_itself(made: dict[str, Path], name: str) -> None:
+    found = find.find(made[name])
+    assert (found.folder, found.format, found.notes) == (made[name], name, ())
+    assert found.step == (7 if name in ("torch_dist", "megatron") else None)
+    assert find.recognise(made[name].parent) != name or name in ("hf", "atom")
+
+
+@pytest.mark.parametrize("name", ("torch_dist", "megatron"))
+def test_the_newest_whole_step_is_taken_and_what_is_passed_over_is_named(
+    made: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    copy(made[name], tmp_path / "iter_0000003")
+    copy(made[name], tmp_path / "iter_0000010")
+    torn = copy(made[name], tmp_path / "iter_0000020")
+    for file in (*torn.rglob("metadata.json"), *torn.rglob("manifest.json"), *torn.rglob("model_optim_rng.pt")):
+        file.unlink()
+    found = find.find(tmp_path)
+    assert found.step == 10 and found.format == name
+    assert any("iter_0000020` was passed over" in note for note in found.notes)
+    assert any("iter_0000010` is taken, one of 3 steps" in note for note in found.notes)
+    assert find.find(tmp_path, 3).folder.name == "iter_0000003" and find.find(tmp_path, 3).notes == ()
+    assert "there are 3, 10, 20" in said(tmp_path, 4)
+    if name == "torch_dist":
+        assert "is not whole" in said(tmp_path, 20)
+        assert "the newest whole step beside it is `iter_0000010`" in said(torn)
+    assert "is step 10" in said(tmp_path / "iter_0000010", 3)
+
+
+def test_the_tracker_file_says_which_step_is_meant(made: dict[str, Path], tmp_path: Path) -> None:
+    for step in (3, 10):
+        (copy(made["torch_dist"], tmp_path / f"iter_{step:07d}") / "manifest.json").unlink()  # as Megatron leaves it
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("3\n")
+    assert find.find(tmp_path).step == 3
+    tracker.write_text("11")
+    found = find.find(tmp_path)
+    assert found.step == 10 and any("names `11`, which is not there" in note for note in found.notes)
+    (tmp_path / "iter_0000010" / "metadata.json").unlink()
+    tracker.write_text("10")
+    found = find.find(tmp_path)
+    assert found.step == 3 and any("names `10`, which is not whole" in note for note in found.notes)
+    copy(tmp_path / "iter_0000003", tmp_path / "release")
+    tracker.write_text("release")
+    found = find.find(tmp_path)
+    assert found.folder.name == "release" and found.step is None
+    tracker.write_bytes(b"\xff\xfe")
+    assert find.find(tmp_path).folder.name == "release"
+
+
+def test_of_our_own_saves_the_newest_whole_one_counts(made: dict[str, Path], tmp_path: Path) -> None:
+    for step in (3, 10, 12):
+        copy(made["torch_dist"], tmp_path / f"iter_{step:07d}")
+    (tmp_path / "iter_0000012" / "manifest.json").unlink()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    found = find.find(tmp_path)
+    assert found.step == 10 and any("no manifest" in note for note in found.notes)
+
+
+def test_runs_and_stages(made: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    copy(made["torch_dist"], run / "stages" / "domain" / "checkpoints" / "iter_0000003")
+    copy(made["torch_dist"], run / "stages" / "anneal" / "checkpoints" / "iter_0000005")
+    copy(made["hf"], run / "stages" / "export" / "hf")
+    kinds = {"domain": "train", "anneal": "train", "export": "convert"}
+    write_json(run / "plan.json", {"stages": {name: {"kind": kind} for name, kind in kinds.items()}})
+    assert find.find(run).folder.name == "iter_0000005"
+    assert find.find(run / "stages" / "domain").step == 3
+    assert find.find(run / "stages" / "domain" / "checkpoints").step == 3
+    exported = find.find(run / "stages" / "export")
+    assert exported.format == "hf" and exported.folder.name == "hf"
+
+
+def test_unknown_folders_say_what_is_there_and_what_is_known(made: dict[str, Path], tmp_path: Path) -> None:
+    assert "it holds nothing" in said(tmp_path)
+    for name in ("a", "b", "c", "d", "e", "f", "g"):
+        (tmp_path / name).mkdir()
+    assert "`a/`, `b/`, `c/`, `d/`, `e/` and 2 more" in said(tmp_path) and "known are" in said(tmp_path)
+    (tmp_path / "a" / "x.safetensors").write_text("")
+    assert "no `config.json` beside it" in said(tmp_path / "a")
+    (tmp_path / "b" / "adapter_config.json").write_text("{}")
+    assert "adapter" in said(tmp_path / "b")
+    (tmp_path / "c" / ".metadata").write_text("")
+    assert "its save never finished, or it is torch's own format" in said(tmp_path / "c")
+    (tmp_path / "out.partial").mkdir()
+    assert "unfinished conversion" in said(tmp_path / "out.partial")
+    assert "did you mean" in said(tmp_path / "out.partia")
+    assert "is a file" in said(tmp_path / "c" / ".metadata")
+    (tmp_path / "d" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert find.find(tmp_path / "d").format == "hf", "the format's own reader says why it cannot be read"
+
+
+def test_every_golden_is_found() -> None:
+    root = shared_data("ckpt", "mcore-goldens")
+    formats = {p.name: find.find(p).format for p in root.iterdir() if p.is_dir()}
+    assert set(formats.values()) == {"torch_dist", "megatron"}
+    assert {n for n, f in formats.items() if f == "megatron"} == {"legacy_tp2pp2", "legacy_distopt_dp2"}
