@@ -73,7 +73,7 @@ def find(
             return _converted(path, None, "hf", cache, None)
         return _hf(path, text)
     if format_ == "native" or (format_ == "auto" and _is_native(path)):
-        return _native(path, text, at)
+        return _native(path, text, at, cache)
     own = None if config is None else (cwd / Path(config).expanduser()).resolve()
     return _converted(path, at if isinstance(at, int) else None, format_, cache, own)
 
@@ -172,7 +172,7 @@ def _content(path: Path) -> list[Any]:
     return [path.name, size, digest.hexdigest()]
 
 
-def _native(path: Path, text: str, at: int | str | None) -> Checkpoint:
+def _native(path: Path, text: str, at: int | str | None, cache: Path) -> Checkpoint:
     from cpt.checkpoint import manifest, store
 
     if isinstance(at, int):
@@ -184,6 +184,8 @@ def _native(path: Path, text: str, at: int | str | None) -> Checkpoint:
     else:
         folder = store.resolve(path)
     facts = manifest.read(folder)
+    if ((facts.conversion or {}).get("options") or {}).get("optimizer") == "dp_reshardable":
+        return _converted(folder, None, "auto", cache, None)  # its optimizer fits the ranks that it was written for
     progress = dict(facts.progress)
     holds = ["weights", "cursor"]
     if facts.optimizer is not None:

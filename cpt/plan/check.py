@@ -206,6 +206,13 @@ def _start(plan: RunPlan, stage: StagePlan, outside: Mapping[str, Outside]) -> I
             kept = ", ".join(f"`{k}`" for k in stage.keep)
             yield PlanError(f"`{where}.keep` has {kept}, but the stage starts from scratch", f"`{where}.keep=[]`")
         return
+    above = plan.stages.get(stage.parent)
+    if above is not None and above.kind == "convert" and above.options.get("to", "hf") not in ("hf", "native"):
+        to = above.options["to"]
+        yield PlanError(
+            f"`{where}` starts from `{above.name}`, which leaves files for other programs (`to: {to}`)",
+            f"start from `{above.parent}`, which `{above.name}` converts",
+        )
     if stage.train is None:
         return
     if "weights" not in stage.keep:

@@ -1,7 +1,11 @@
-"""A stage that turns its parent into another format: a Hugging Face folder out, or one in.
+"""A stage that turns its parent into another format: for other programs, or a Hugging Face folder into one of ours.
 
-{kind: convert, from: anneal, to: hf}        stages/<stage>/hf: for AutoModelForCausalLM and AutoTokenizer
-{kind: convert, from: base, to: native}      stages/<stage>/checkpoints/iter_0000000
+{kind: convert, from: anneal, to: hf}                 stages/<stage>/hf: for AutoModelForCausalLM and AutoTokenizer
+{kind: convert, from: base, to: native}               stages/<stage>/checkpoints/iter_0000000
+{kind: convert, from: anneal, to: megatron, tp: 2}    stages/<stage>/megatron: Megatron's files for each rank
+{kind: convert, from: anneal, to: atom}               stages/<stage>/atom: each tensor by itself
+
+What `cpt convert-ckpt` can do besides is done with it: `cpt convert-ckpt RUN/stages/<stage> OUT --to ...`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from cpt.base.files import fsync_folder
 from cpt.plan.types import Job, RunPlan
 from cpt.stages import STAGES, StageKind
 
-FORMATS = ("hf", "native")
+FORMATS = ("hf", "native", "megatron", "atom")
 
 
 @STAGES.add("convert")
@@ -27,14 +31,19 @@ class Convert(StageKind):
     """Write the parent checkpoint in another format.
 
     Args:
-        to: `hf` or `native`.
+        to: `hf`, `native`, `megatron` or `atom`.
         dtype: `fp32`, `bf16` or `fp16` for a Hugging Face folder; `auto` is that of the base, or fp32.
+        tp, pp: ranks of `megatron`.
+        optimizer: whether `megatron` and `atom` keep Adam's state.
     """
 
     modules: ClassVar[tuple[str, ...]] = ()  # one rank, and an export needs no Megatron
 
     to: str = "hf"
     dtype: str = "auto"
+    tp: int = 1
+    pp: int = 1
+    optimizer: bool = True
 
     def __post_init__(self) -> None:
         from cpt.base.registry import unknown
@@ -43,6 +52,12 @@ class Convert(StageKind):
             raise unknown("format", self.to, FORMATS)
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise unknown("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+        if self.to != "megatron" and (self.tp, self.pp) != (1, 1):
+            raise UsageError(f"`tp` and `pp` are ranks of `to: megatron`, and this is `to: {self.to}`")
+        if self.to != "hf" and self.dtype != "auto":
+            raise UsageError(f"`dtype` is of `to: hf`, and this is `to: {self.to}`")
+        if min(self.tp, self.pp) < 1:
+            raise UsageError(f"`tp` is {self.tp} and `pp` is {self.pp}, wanted at least 1")
 
     @classmethod
     def work(cls, plan: RunPlan, job: Job) -> int:
@@ -57,8 +72,12 @@ class Convert(StageKind):
         )
         if job.parent is None:
             raise UsageError(f"stage `{job.stage}` has nothing to convert: the run starts from scratch")
-        to_hf = options.to == "hf"
-        path = _to_hf(plan, job, stage_dir, options.dtype) if to_hf else _to_native(plan, job, stage_dir)
+        if options.to == "hf":
+            path = _to_hf(plan, job, stage_dir, options.dtype)
+        elif options.to == "native":
+            path = _to_native(plan, job, stage_dir)
+        else:
+            path = _to_other(job, stage_dir, options)
         log.write("save", step=0, path=str(path), seconds=round(log.clock() - start, 3), phase="end")
         log.write("stage_end", step=0, tokens=0, seconds=round(log.clock() - start, 3))
         return DONE
@@ -79,6 +98,21 @@ def _to_hf(plan: RunPlan, job: Job, stage_dir: Path, dtype: str) -> Path:
     os.rename(half_done, target)
     fsync_folder(stage_dir)
     return target
+
+
+def _to_other(job: Job, stage_dir: Path, options: Convert) -> Path:
+    """Killed, the next attempt goes on with it."""
+    from cpt.checkpoint.content import Layout
+    from cpt.checkpoint.formats import Writing
+    from cpt.checkpoint.job.convert import convert
+    from cpt.checkpoint.job.planning import Request, Running, plan
+
+    assert job.parent is not None
+    writing = Writing(layout=Layout(tp=options.tp, pp=options.pp), optimizer=None if options.optimizer else "none")
+    out = stage_dir / options.to
+    request = Request(source=Path(job.parent), out=out, to=options.to, writing=writing)
+    convert(plan(request), Running(), command=f"stage {job.stage}")
+    return out
 
 
 def _to_native(plan: RunPlan, job: Job, stage_dir: Path) -> Path:

@@ -98,7 +98,8 @@ def missing_result(stage: StagePlan, stage_dir: Path) -> str | None:
     elif stage.kind == "law" and not (stage_dir / RESULT).is_file():
         return f"`{stage_dir / RESULT}` is missing"
     elif stage.kind == "convert":
-        name = "hf/config.json" if stage.options.get("to", "hf") == "hf" else "checkpoints"
+        to = stage.options.get("to", "hf")
+        name = {"hf": "hf/config.json", "native": "checkpoints"}.get(to, to)
         if not (stage_dir / name).exists():
             return f"`{stage_dir / name}` is missing"
     return None
