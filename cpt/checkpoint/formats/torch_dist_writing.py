@@ -37,6 +37,8 @@ from cpt.checkpoint.unpickle import Dtype
 from cpt.checkpoint.writing import FileSums
 from cpt.plan.types import ModelConfig, Parallel, to_json
 
+_Part = bytes | Payload | Crc
+_Parts = tuple[_Part, ...]
 CHUNK = 64 << 20  # at most, of a chunk's values [bytes]
 FEW, WORTH = 4, 64 << 20  # files that several workers can share, if they hold at least so much each [bytes]
 _ALIGN = 64  # records start at multiples of this [bytes]
@@ -278,14 +280,15 @@ def _packed(
     chunks: Sequence[_Chunk], objects: Mapping[str, Any], file_bytes: int
 ) -> tuple[tuple[OutFile, ...], list[Record]]:
     """Files, and where everything lies in them."""
+    archives: dict[tuple[tuple[int, ...], str], _Parts] = {}
     total = sum(c.payload.nbytes for c in chunks)
     limit = min(file_bytes, -(-total // FEW)) if total >= FEW * WORTH else file_bytes
     files: list[OutFile] = []
     records: list[Record] = []
-    made: list[bytes | Payload | Crc] = []
+    made: list[_Part] = []
     at = count = 0
 
-    def put(key: str, parts: Iterable[bytes | Payload | Crc], chunk: _Chunk | None) -> None:
+    def put(key: str, parts: Iterable[_Part], chunk: _Chunk | None) -> None:
         nonlocal at
         gap = -at % _ALIGN
         made.append(bytes(gap))
@@ -309,14 +312,27 @@ def _packed(
     for chunk in chunks:
         if at >= limit:
             close()
-        ref = torch_zip.Ref(0, chunk.size, chunk.payload.dtype)
-        put(chunk.key, torch_zip.parts(ref, (chunk.payload,), first=count), chunk)
+        put(chunk.key, _archive(chunk, count, archives), chunk)
         count += 1
     nothing = torch_zip.parts([None], ())
     for key, value in objects.items():
         put(key, nothing if value is None else torch_zip.parts([value], ()), None)
     close()
     return tuple(files), records
+
+
+def _archive(chunk: _Chunk, count: int, made: dict[tuple[tuple[int, ...], str], _Parts]) -> Iterable[_Part]:
+    """A chunk's record; those of equal shape differ in their values and checksum alone.
+
+    Args:
+        count: payloads before it in the file.
+        made: records by shape and dtype.
+    """
+    kind = (chunk.size, chunk.payload.dtype)
+    if kind not in made:
+        made[kind] = torch_zip.parts(torch_zip.Ref(0, *kind), (chunk.payload,))
+    for p in made[kind]:
+        yield chunk.payload if isinstance(p, Payload) else Crc(count) if isinstance(p, Crc) else p
 
 
 def param_groups(content: Content, writing: Writing) -> list[list[dict[str, Any]]]:
