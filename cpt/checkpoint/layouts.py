@@ -101,7 +101,7 @@ def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_la
     Raises:
         UsageError: names every size that does not divide, and the values that would.
     """
-    problems = []
+    problems: list[UsageError] = []
     tp, ep = layout.tp, layout.ep
     query, groups, heads = model.num_attention_heads * model.head_dim, model.num_query_groups, model.num_attention_heads
     dense = any(not mapping.has_experts(model, i) for i in range(model.num_layers))
@@ -110,32 +110,37 @@ def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_la
         (model.ffn_hidden_size if dense else tp, "rows of the MLP (`ffn_hidden_size`)"),
         (padded_vocab_size, "rows of the padded vocabulary"),
         (query, "columns of the attention's output"),
+        (query + 2 * groups * model.head_dim, "rows of queries, keys and values"),
     ):
         if size % tp:
-            problems.append(f"tp {tp} does not divide {size} {what} (possible: {_divisors(size)})")
+            problems.append(UsageError(f"tp {tp} does not divide {size} {what} (possible: {_divisors(size)})"))
     if groups % tp and tp % groups:
-        problems.append(f"tp {tp} neither divides {groups} key-value heads nor is a multiple of them")
+        problems.append(UsageError(f"tp {tp} neither divides {groups} key-value heads nor is a multiple of them"))
     if model.num_experts:
         inner = layout.etp or tp
         if model.num_experts % ep:
             problems.append(
-                f"ep {ep} does not divide {model.num_experts} experts (possible: {_divisors(model.num_experts)})"
+                UsageError(
+                    f"ep {ep} does not divide {model.num_experts} experts (possible: {_divisors(model.num_experts)})"
+                )
             )
         for size, what in (
             (model.moe_ffn_hidden_size, "moe_ffn_hidden_size"),
             (model.moe_shared_ffn_hidden_size, "moe_shared_ffn_hidden_size"),
         ):
             if size % inner:
-                problems.append(f"{inner} tensor ranks do not divide `{what}` {size} (possible: {_divisors(size)})")
+                problems.append(
+                    UsageError(f"{inner} tensor ranks do not divide `{what}` {size} (possible: {_divisors(size)})")
+                )
     elif ep > 1:
-        problems.append(f"ep is {ep}, but the model has no experts")
+        problems.append(UsageError(f"ep is {ep}, but the model has no experts"))
     if cuts_layers or layout.layers is not None:
         try:
             layers_of(layout, model.num_layers)
         except UsageError as error:
-            problems.append(error.message)
+            problems.append(error)
     if problems:
-        raise UsageError(problems[0], more=tuple(UsageError(p) for p in problems[1:]))
+        raise UsageError(problems[0].message, *problems[0].hints, more=tuple(problems[1:]))
 
 
 def _divisors(size: int) -> str:

@@ -34,17 +34,21 @@ def command(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="hf|torch_dist|megatron|atom", help="What OUT is to be.", show_default="none, must be given"
+            "--to", metavar="hf|torch_dist|megatron|atom", help="What OUT is to be; must be given.", show_default=False
         ),
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor ranks.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", min=1, help="Pipeline ranks.")] = 1,
-    ep: Annotated[int, typer.Option("--ep", min=1, help="Expert ranks.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor ranks.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", metavar="N", min=1, help="Pipeline ranks.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", metavar="N", min=1, help="Expert ranks.")] = 1,
     etp: Annotated[
-        int | None, typer.Option("--etp", min=1, help="Tensor ranks of the experts.", show_default="--tp")
+        int | None, typer.Option("--etp", metavar="N", min=1, help="Tensor ranks of the experts.", show_default="--tp")
     ] = None,
-    vp: Annotated[int, typer.Option("--vp", min=1, help="Virtual pipeline chunks of each pipeline rank.")] = 1,
-    dp: Annotated[int, typer.Option("--dp", min=1, help="Data ranks that share the optimizer's buffers.")] = 1,
+    vp: Annotated[
+        int, typer.Option("--vp", metavar="N", min=1, help="Virtual pipeline chunks of each pipeline rank.")
+    ] = 1,
+    dp: Annotated[
+        int, typer.Option("--dp", metavar="N", min=1, help="Data ranks that share the optimizer's buffers.")
+    ] = 1,
     pipeline_layout: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +88,7 @@ def command(
         typer.Option("--step", metavar="STEP", help="Which step of IN.", show_default="the newest whole one"),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=1, help="Of the model, where IN does not say.")
+        int | None, typer.Option("--vocab-size", metavar="N", min=1, help="Of the model, where IN does not say.")
     ] = None,
     pad: Annotated[
         str,
@@ -105,7 +109,8 @@ def command(
     ] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="To atom: note each file's SHA-256 too.")] = False,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Processes; changes no byte.", show_default="one a core"),
     ] = None,
     file_size: Annotated[
         str, typer.Option("--file-size", metavar="SIZE", help="Size at which another file is begun.")
