@@ -56,7 +56,7 @@ def refused(ended: subprocess.CompletedProcess[str] | Ended, *said: str, code: i
         ended = Ended(ended.returncode, ended.stdout, ended.stderr)
     assert ended.code == code, ended
     assert "Traceback" not in ended.err and "fault of `cpt`" not in ended.err, ended.err
-    assert ended.err.startswith("error: ") and ended.out == ""
+    assert any(line.startswith("error: ") for line in ended.err.splitlines()) and ended.out == ""
     for text in said:
         assert text in ended.err, ended.err
 
