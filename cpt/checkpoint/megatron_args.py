@@ -6,14 +6,13 @@ Mistral's are as well); else a `config.json` has to say.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import hf_config
+from cpt.checkpoint import hf_config, pipeline_layout
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.layouts import pad_vocabulary
 from cpt.plan.types import ModelConfig
@@ -250,15 +249,17 @@ def to_layout(args: Args, model: ModelConfig, where: str) -> Layout:
     layers: tuple[int, ...] | None = None
     notation = args.get("pipeline_model_parallel_layout")
     first, last = args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers")
-    if isinstance(notation, str):
-        layers = _counts(notation, where)
-        vp = max(1, len(layers) // pp)
-    elif pp > 1 and (first or last):
-        middle = pp - bool(first) - bool(last)
-        each = (model.num_layers - (first or 0) - (last or 0)) // max(1, middle)
-        stages = [*([first] if first else []), *[each] * middle, *([last] if last else [])]
-        layers = tuple(count // vp for _ in range(vp) for count in stages)
-    elif args.get("account_for_embedding_in_pipeline_split") or args.get("account_for_loss_in_pipeline_split"):
+    try:
+        if isinstance(notation, str):
+            layers = pipeline_layout.parse(notation, pp=pp, vp=vp, num_layers=model.num_layers)
+        elif pp > 1 and (first or last):
+            ends = [f"{name}={count}" for name, count in (("first", first), ("last", last)) if count]
+            layers = pipeline_layout.parse(",".join(ends), pp=pp, vp=vp, num_layers=model.num_layers)
+    except UsageError as error:
+        raise UsageError(f"the arguments of `{where}`: {error.message}", *error.hints) from None
+    if layers is None and (
+        args.get("account_for_embedding_in_pipeline_split") or args.get("account_for_loss_in_pipeline_split")
+    ):
         # The embedding and the loss count as a layer each when layers are divided, and take the first and last place.
         lead = bool(args.get("account_for_embedding_in_pipeline_split"))
         tail = bool(args.get("account_for_loss_in_pipeline_split"))
@@ -271,20 +272,6 @@ def to_layout(args: Args, model: ModelConfig, where: str) -> Layout:
     return Layout(
         tp=tp, pp=pp, ep=ep, etp=etp if isinstance(etp, int) and etp != tp else None, vp=vp, dp=dp, layers=layers
     )
-
-
-def _counts(notation: str, where: str) -> tuple[int, ...]:
-    """Layers of each part in Megatron's notation, such as `Et*3|(tt|)*2tL`."""
-    text = notation.replace(",", "").replace(" ", "")
-    for pattern in (r"\(([^()]*)\)\*(\d+)", r"([A-Za-z|])\*(\d+)"):
-        while True:
-            made = re.sub(pattern, lambda m: m[1] * int(m[2]), text)
-            if made == text:
-                break
-            text = made
-    if not re.fullmatch(r"[EtmL|]+", text):
-        raise UsageError(f"`pipeline_model_parallel_layout: {notation}` in the arguments of `{where}` is not known")
-    return tuple(part.count("t") for part in text.split("|"))
 
 
 def _pipeline(layout: Layout) -> str | None:

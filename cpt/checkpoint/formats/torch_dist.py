@@ -17,6 +17,7 @@ Optimizer state, all of it perhaps after `chained_N.`:
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import math
@@ -36,13 +37,16 @@ from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, crop
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
-from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.mapping import EMBEDDING, Fused
 from cpt.checkpoint.torch_dist import COMMON, CONFIG, METADATA, Folder, Record, Tensor
 from cpt.plan.types import ModelConfig, to_json
 
 STATES = {"param": MAIN, "fp32_param": MAIN, **{m: m for m in MOMENTS}}  # Megatron's name of a state: ours
 MANIFEST = "cpt.manifest"  # object: what our manifest says beyond model, files and layout
+RANDOM = "cpt.rng"  # object: random states of each rank, base64, and the layout of the ranks
+RANK = "cpt.rng.rank_{:05d}"  # tensor: the same of one rank
+_MOST_RANDOM = 8 << 20  # of them are carried along [bytes]
 _CHAINED = r"(?:chained_\d+\.)?"
 _STATE = re.compile(_CHAINED + r"optimizer\.state\.(\w+)\.(.+)")
 _FLAT = re.compile(_CHAINED + r"optimizer\.distributed\.")
@@ -195,7 +199,8 @@ class _Reader:
         layout = self._layout(model)
         parts = self._flat_parts(model, layout, padded, expected) if flat and optimizer else None
         atoms = self._atoms(model, padded, expected, parts, optimizer is not None)
-        self._note_objects()
+        objects = self._objects()
+        self._note_objects(objects)
         self.files.close()
         self.source.close()
         iteration = self.common.get("iteration", self.args.get("iteration") if self.args else None)
@@ -209,7 +214,7 @@ class _Reader:
             iteration=iteration if isinstance(iteration, int) and iteration > 0 else None,
             common=self._kept(),
             args=self.args,
-            objects=self._objects(),
+            objects=objects,
             layout=layout,
             left_out=tuple(self.left_out),
             crc32={file: tuple(sorted(sums)) for file, sums in self.crc32.items()},
@@ -542,11 +547,11 @@ class _Reader:
             f"{_near(bare, {k: None for k in spelled})}"
         )
 
-    def _note_objects(self) -> None:
+    def _note_objects(self, objects: Mapping[str, Any]) -> None:
         """Say what is left behind."""
         keys = [*self.source.objects, *self.source.tensors]
         random = sum(k.startswith(_RANDOM) for k in keys)
-        if random:
+        if random and RANDOM not in objects:
             self.left_out.append(f"random states of {random} ranks: they belong to the layout that saved them")
         scales = 0
         for key, record in self.source.objects.items():
@@ -572,11 +577,26 @@ class _Reader:
         return kept
 
     def _objects(self) -> dict[str, Any]:
-        if self.manifest is None:
-            return {}
+        """What a run of ours saved beside the tensors."""
         m = self.manifest
-        said = {"origin": to_json(m.origin), "phase": m.phase, "step": m.step, "tokens": m.tokens}
-        return {MANIFEST: said | {"progress": dict(m.progress)}}
+        if m is None:
+            return {}
+        objects: dict[str, Any] = {}
+        if m.origin != Origin() or set(m.progress) != {"step"}:
+            said = {"origin": to_json(m.origin), "phase": m.phase, "step": m.step, "tokens": m.tokens}
+            objects[MANIFEST] = said | {"progress": dict(m.progress)}
+        states = [self.source.tensors.get(RANK.format(rank)) for rank in range(m.rng_ranks)]
+        plain = [t for t in states if t is not None and t.dtype == "uint8" and len(t.chunks) == 1]
+        if plain and len(plain) == len(states) and sum(t.chunks[0].length for t in plain) <= _MOST_RANDOM:
+            texts = []
+            for tensor in plain:
+                (record,) = tensor.chunks
+                start, length = self._located(record), math.prod(record.size)
+                data = self.files.map(self._file(record))
+                texts.append(base64.b64encode(data[start : start + length]).decode())
+            of = m.layout
+            objects[RANDOM] = {"layout": [of.tp, of.pp, of.dp, of.vp], "ranks": texts}
+        return objects
 
 
 def plain(value: Any) -> Any:

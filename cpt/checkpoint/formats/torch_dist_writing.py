@@ -12,6 +12,7 @@ Chunk boundaries need not follow any layout, so one folder serves all; the layou
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Crc, OutFile, Payload, Segment, as_matrix, crop, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, OPTIMIZER, Content
 from cpt.checkpoint.formats import Output, Writing
-from cpt.checkpoint.formats.torch_dist import MANIFEST
+from cpt.checkpoint.formats.torch_dist import MANIFEST, RANDOM, RANK
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.checkpoint.mapping import Fused
 from cpt.checkpoint.torch_dist import BACKEND, COMMON, CONFIG, METADATA, Record, metadata
@@ -94,9 +95,10 @@ def plan(content: Content, writing: Writing) -> Output:
         objects |= said
     elif form != "none":
         chunks += _states(content, tensors, form, spec, stacked, most)
-    files, records = _packed(chunks, objects, writing.file_bytes)
+    random = _random_states(content, writing)
+    files, records = _packed(chunks, objects, random, writing.file_bytes)
     common = pickled_common(content, writing, form, dict(content.args or {}) | args, stacked)
-    draft = _draft(content, writing, padded, most, form)
+    draft = dataclasses.replace(_draft(content, writing, padded, most, form), rng_ranks=len(random))
 
     def finish(sums: Mapping[str, FileSums]) -> dict[str, bytes]:
         made = {METADATA: metadata(records), COMMON: common, CONFIG: json.dumps(BACKEND).encode()}
@@ -109,7 +111,7 @@ def plan(content: Content, writing: Writing) -> Output:
         files=files,
         finish=finish,
         step_folder=f"iter_{content.iteration:07d}" if content.iteration else "release",
-        dropped=tuple(_dropped(content, form)),
+        dropped=tuple(_dropped(content, form, with_random=bool(random))),
         manifest=manifests.NAME,
     )
 
@@ -277,7 +279,7 @@ def _extra_states(model: ModelConfig, spec: str, stacked: bool) -> Iterator[str]
 
 
 def _packed(
-    chunks: Sequence[_Chunk], objects: Mapping[str, Any], file_bytes: int
+    chunks: Sequence[_Chunk], objects: Mapping[str, Any], random: Sequence[bytes], file_bytes: int
 ) -> tuple[tuple[OutFile, ...], list[Record]]:
     """Files, and where everything lies in them."""
     archives: dict[tuple[tuple[int, ...], str], _Parts] = {}
@@ -288,7 +290,7 @@ def _packed(
     made: list[_Part] = []
     at = count = 0
 
-    def put(key: str, parts: Iterable[_Part], chunk: _Chunk | None) -> None:
+    def put(key: str, parts: Iterable[_Part], chunk: _Chunk | Record) -> None:
         nonlocal at
         gap = -at % _ALIGN
         made.append(bytes(gap))
@@ -297,12 +299,9 @@ def _packed(
         for p in parts:
             made.append(p)
             at += p.nbytes if isinstance(p, Payload) else 4 if isinstance(p, Crc) else len(p)
+        dtype = chunk.dtype if isinstance(chunk, Record) else chunk.payload.dtype
         name = f"__{len(files)}_0.distcp"
-        if chunk is None:
-            records.append(Record(key, None, (), (), "", name, start, at - start))
-        else:
-            dtype = chunk.payload.dtype
-            records.append(Record(key, chunk.shape, chunk.offset, chunk.size, dtype, name, start, at - start))
+        records.append(Record(key, chunk.shape, chunk.offset, chunk.size, dtype, name, start, at - start))
 
     def close() -> None:
         nonlocal made, at, count
@@ -316,7 +315,12 @@ def _packed(
         count += 1
     nothing = torch_zip.parts([None], ())
     for key, value in objects.items():
-        put(key, nothing if value is None else torch_zip.parts([value], ()), None)
+        blank = Record(key, None, (), (), "", "", 0, 0)
+        put(key, nothing if value is None else torch_zip.parts([value], ()), blank)
+    for rank, state in enumerate(random):
+        shape = (len(state),)
+        record = Record(RANK.format(rank), shape, (0,), shape, "uint8", "", 0, 0)
+        put(record.key, torch_zip.parts(torch_zip.Ref(0, shape, "uint8"), (state,)), record)
     close()
     return tuple(files), records
 
@@ -425,12 +429,24 @@ def _draft(content: Content, writing: Writing, padded: int, most: str, form: str
     )
 
 
-def _dropped(content: Content, form: str) -> Iterator[str]:
+def _random_states(content: Content, writing: Writing) -> list[bytes]:
+    """Random states of each rank, where the layout is that of the ranks that saved them."""
+    said = content.objects.get(RANDOM)
+    layout = writing.layout
+    if said is None or list(said["layout"]) != [layout.tp, layout.pp, layout.dp, layout.vp]:
+        return []
+    return [base64.b64decode(text) for text in said["ranks"]]
+
+
+def _dropped(content: Content, form: str, *, with_random: bool) -> Iterator[str]:
     if content.has_optimizer and form == "none":
         yield "the optimizer's state, as asked"
     others = [name for name in content.files if name != "config.json"]
     if others:
         yield f"{', '.join(f'`{n}`' for n in others)}: `torch_dist` has no place for files of a tokenizer"
+    if RANDOM in content.objects and not with_random:
+        tp, pp, dp, _ = content.objects[RANDOM]["layout"]
+        yield f"random states: they belong to the layout tp {tp} × pp {pp} × dp {dp}"
     for name in content.objects:
-        if name != MANIFEST:
+        if name not in (MANIFEST, RANDOM):
             yield f"`{name}`"

@@ -754,3 +754,34 @@ def test_a_small_model_is_one_file_and_the_last_small_file_is_the_manifest(tmp_p
     assert set(manifest["files"]) == {"__0_0.distcp", ".metadata", "common.pt", "metadata.json"}
     assert manifest["optimizer"]["step"] == 7 and manifest["layout"]["tp"] == 1 and manifest["precision"] == "bf16"
     assert small == TorchDist.plan(content, Writing()).finish({"__0_0.distcp": FileSums(size=1, crc32=2, payloads=())})
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [
+        ({}, None),
+        ({"decoder_first_pipeline_num_layers": 1}, (1, 3)),
+        ({"decoder_last_pipeline_num_layers": 1}, (3, 1)),
+        ({"pipeline_model_parallel_layout": "Et*3|tL"}, (3, 1)),
+        ({"pipeline_model_parallel_layout": "Et|(t|)*2tL", "virtual_pipeline_model_parallel_size": 2}, (1, 1, 1, 1)),
+        ({"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}, (2, 2)),
+    ],
+)
+def test_arguments_say_how_the_pipeline_was_divided(said: dict[str, Any], layers: Any) -> None:
+    model = dataclasses.replace(LLAMA, num_layers=4)
+    args = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 3, **said}
+    vp = said.get("virtual_pipeline_model_parallel_size", 1)
+    assert megatron_args.to_layout(args, model, "x") == Layout(tp=2, pp=2, dp=3, vp=vp, layers=layers)
+    wrong = args | {"pipeline_model_parallel_layout": "Et|tL"}
+    with pytest.raises(UsageError, match="arguments of `x`: the pipeline layout"):
+        megatron_args.to_layout(wrong, model, "x")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2, pp=2, vp=2, dp=3), Layout(pp=2, layers=(1, 3)), Layout(pp=2, vp=2, layers=(2, 1, 1, 0))],
+)
+def test_a_layout_written_into_arguments_is_read_again(layout: Layout) -> None:
+    model = dataclasses.replace(LLAMA, num_layers=4)
+    args = megatron_args.to_args(model, layout=layout, padded_vocab_size=48, dtype="bfloat16")
+    assert megatron_args.to_layout(args, model, "x") == layout
