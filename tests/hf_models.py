@@ -68,9 +68,13 @@ def make(folder: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     Norms and biases are random too, so that none can be mixed up.
     """
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {k: v for k, v in (SIZES | (FAMILIES | CONVERTED)[name] | changes).items() if v is not None}
+    if "rope_parameters" in options and transformers.__version__.startswith("4."):
+        scaling = dict(options.pop("rope_parameters"))
+        options |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     config = AutoConfig.for_model(name.split("-")[0], **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()

@@ -1,18 +1,22 @@
-"""A native checkpoint as a Hugging Face folder: one process, no Megatron, one file's worth of tensors in memory."""
+"""A native checkpoint as a Hugging Face folder, by the converter: one process, no Megatron, blocks in memory."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from cpt.base.errors import StageFailed
-from cpt.base.units import show_bytes
-from cpt.checkpoint import hf, manifest, native
-from cpt.checkpoint.ranks import is_disk_full
-from cpt.plan.types import ModelConfig
+from cpt.base.errors import EnvironmentProblem, StageFailed, UsageError
+from cpt.checkpoint import hf_config, manifest
+from cpt.checkpoint.formats import Output, Reading, Writing
+from cpt.checkpoint.formats.hf import taken_along
+from cpt.checkpoint.writing import FileSums
 
-_BYTES = {"fp32": 4, "float32": 4}
+FILE_BYTES = 5 * 10**9
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SETTINGS = "tokenizer_config.json"
 
 
 def to_hf(
@@ -21,49 +25,57 @@ def to_hf(
     *,
     dtype: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write `out` from an `iter_*` folder, whole or not at all.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load. It appears whole or not at all.
 
     Args:
-        dtype: auto | fp32 | bf16 | fp16, see `hf.write`.
+        checkpoint: an `iter_*` folder.
+        dtype: auto (that of the base, or float32) | fp32 | bf16 | fp16, or as torch spells it.
         tokenizer: folder or `tokenizer.json` whose files go along.
+        file_bytes: size at which another file is begun [bytes].
 
     Raises:
         UsageError: the checkpoint is not whole, or `out` exists.
-        StageFailed: the disk has no room; nothing is left of `out`.
+        StageFailed: the disk has no room. What is finished is kept for the next attempt.
     """
-    model = manifest.read(checkpoint).model
-    needed = size_of(model, dtype)
-    free = _free(Path(out))
-    if free < needed * 1.01:
-        raise _no_room(out, needed, free)
+    from cpt.checkpoint.job.convert import convert
+    from cpt.checkpoint.job.planning import Request, Running, plan
+
+    out = Path(out)
+    if out.exists():
+        raise UsageError(f"`{out}` exists already")
+    if dtype == "auto":
+        dtype = hf_config.source_dtype(manifest.read(checkpoint).model)
+    writing = Writing(dtype=_DTYPES.get(dtype, dtype), optimizer="none", file_bytes=file_bytes)
+    made = plan(Request(source=Path(checkpoint), out=out, to="hf", reading=Reading(optimizer=False), writing=writing))
+    if tokenizer is not None:
+        made = dataclasses.replace(made, output=_with_tokenizer(made.output, Path(tokenizer)))
     try:
-        return hf.write(native.tensors(checkpoint), model, out, dtype=dtype, tokenizer=tokenizer)
-    except OSError as error:
-        if is_disk_full(error):
-            raise _no_room(out, needed, _free(Path(out))) from error
-        raise
-    except Exception as error:
-        # safetensors wraps what the disk says into an error of its own.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise _no_room(out, needed, _free(Path(out))) from error
-        raise
+        convert(made, Running())
+    except EnvironmentProblem as error:
+        hint = "the checkpoint it is made from is untouched; make space, and the same command goes on"
+        raise StageFailed(error.message, *(error.hints or (hint,))) from error
+    return out
 
 
-def size_of(model: ModelConfig, dtype: str) -> int:
-    """Bytes of a model's weights as a Hugging Face folder."""
-    spelled = hf.source_dtype(model) if dtype == "auto" else dtype
-    return model.num_parameters * _BYTES.get(spelled, 2)
+def _with_tokenizer(output: Output, source: Path) -> Output:
+    """The folder with a tokenizer's files; a bare `tokenizer.json` gets the settings that `AutoTokenizer` asks for."""
+    origin = source if source.is_dir() else source.parent
+    if not (origin / "tokenizer.json").is_file() and not source.is_file():
+        raise UsageError(f"there is no `tokenizer.json` in `{origin}`")
+    copies = {name: path for name, path in taken_along(origin).items() if name != "config.json"}
+    if source.is_file():
+        copies["tokenizer.json"] = source
+    if _SETTINGS in copies:
+        try:
+            json.loads(copies[_SETTINGS].read_text(encoding="utf-8"))
+        except ValueError:
+            raise UsageError(f"`{copies[_SETTINGS]}` is not JSON") from None
+        return dataclasses.replace(output, copies={**output.copies, **copies})
 
+    def finish(sums: Mapping[str, FileSums]) -> dict[str, bytes]:
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        return {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(), **output.finish(sums)}
 
-def _free(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def _no_room(out: str | os.PathLike[str], needed: int, free: int) -> StageFailed:
-    return StageFailed(
-        f"not enough disk space to write `{out}`: {show_bytes(needed)} needed, {show_bytes(free)} free",
-        "the checkpoint it is made from is untouched; make space, and the same command goes on",
-    )
+    return dataclasses.replace(output, copies={**output.copies, **copies}, finish=finish)

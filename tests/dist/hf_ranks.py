@@ -20,18 +20,21 @@ def logits(folder: str, parallel: Parallel, tokens: np.ndarray) -> np.ndarray | 
 
 
 def export(folder: str, out: str, options: dict[str, Any]) -> None:
-    """Load, gather whole tensors as a checkpoint would hold them, write."""
-    from cpt.checkpoint import hf
-    from cpt.engine import megatron, weights
+    """Load, save as a checkpoint, export."""
+    from cpt.checkpoint import export, hf, native
+    from cpt.engine import megatron
+    from cpt.engine.ports import Progress
 
     engine = megatron.build(hf.read_config(folder), Parallel(), precision="fp32", optimizer=Optimizer())
     hf.load(engine, folder)
-    hf.write(((w.name, w.param.detach()) for w in weights.walk(engine)), engine.model, out, **options)
+    native.save(engine, f"{out}-saved/iter_0000000", progress=Progress(step=0))
+    export.to_hf(f"{out}-saved/iter_0000000", out, **options)
 
 
 def from_scratch(family: str, out: str, tokens: np.ndarray) -> np.ndarray:
-    from cpt.checkpoint import hf
-    from cpt.engine import megatron, weights
+    from cpt.checkpoint import export, native
+    from cpt.engine import megatron
+    from cpt.engine.ports import Progress
 
     neox = family == "gpt_neox"
     shape = ModelConfig(
@@ -56,7 +59,8 @@ def from_scratch(family: str, out: str, tokens: np.ndarray) -> np.ndarray:
         init_std=0.2,
     )
     engine = megatron.build(shape, Parallel(), precision="fp32", optimizer=None, seed=3)
-    hf.write(((w.name, w.param.detach()) for w in weights.walk(engine)), shape, out)
+    native.save(engine, f"{out}-saved/iter_0000000", progress=Progress(step=0))
+    export.to_hf(f"{out}-saved/iter_0000000", out)
     found = megatron.logits(engine, tokens)
     assert found is not None
     return found.numpy()

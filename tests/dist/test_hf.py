@@ -83,7 +83,7 @@ def test_export_after_no_step_gives_back_the_same_bits(model: Any, tmp_path: Pat
 
     _, folder, tokens, wanted = model
     out = tmp_path / "out"
-    run_ranks(Parallel(), hf_ranks.export, str(folder), str(out), {"shard_bytes": 60_000})
+    run_ranks(Parallel(), hf_ranks.export, str(folder), str(out), {"file_bytes": 60_000})
     before = load_file(folder / "model.safetensors")
     after: dict[str, Any] = {}
     files = sorted(out.glob("*.safetensors"))
@@ -128,7 +128,10 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     down = "model.layers.1.mlp.down_proj.weight"
     bad = {
         "missing": ({k: v for k, v in tensors.items() if k != down}, f"tensor `{down}` is missing"),
-        "unknown": (tensors | {"model.layers.1.mlp.extra": tensors[down].clone()}, "no rule says what tensor"),
+        "unknown": (
+            tensors | {"model.layers.1.mlp.extra": tensors[down].clone()},
+            "no rule says what `model.layers.1.mlp.extra` is",
+        ),
         "shape": (tensors | {down: tensors[down][:, 1:].contiguous()}, r"has shape \[48, 87\]"),
     }
     for name, (changed, message) in bad.items():

@@ -84,27 +84,7 @@ class HuggingFace(Format):
         model = hf_config.read_config(reading.config or folder)
         if reading.vocab_size not in (None, model.vocab_size):
             raise UsageError(f"`--vocab-size` is {reading.vocab_size}, `config.json` says {model.vocab_size}")
-        found, crc32 = _stored(folder)
-        found = _with_prefix(found, model)
-        if reading.untie and (tied := mapping.tied_copy(model)) is not None and tied[0] in found:
-            model = replace(model, tie_embeddings=False)
-        _check(found, model)
-        _check_tied(found, model)
-        shapes = mapping.atom_shapes(model)
-        atoms = {}
-        for name, tensor in mapping.hf_tensors(model).items():
-            dtype = found[name].dtype
-            array = Array(dtype, shapes[name], (_place(found[name], shapes[name], tensor.fills[0].transposed),))
-            atoms[name] = Atom(name=name, shape=shapes[name], dtype=dtype, states={MODEL: array})
-        return Content(
-            format=cls.name,
-            path=folder,
-            model=model,
-            atoms=atoms,
-            files=taken_along(folder),
-            left_out=tuple(_left_out(found, model)),
-            crc32=crc32,
-        )
+        return opened(folder, model, untie=reading.untie)
 
     @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
@@ -144,6 +124,35 @@ class HuggingFace(Format):
 
         copies = {name: path for name, path in content.files.items() if name != "config.json"}
         return Output(files=files, finish=finish, copies=copies, dropped=tuple(_dropped(content, writing)))
+
+
+def opened(folder: Path, model: ModelConfig, *, untie: bool = False) -> Content:
+    """What a folder holds of a model; no values are read, but for a tied output layer that is there again.
+
+    Raises:
+        UsageError: its files are damaged, or do not hold exactly this model's tensors.
+    """
+    found, crc32 = _stored(folder)
+    found = _with_prefix(found, model)
+    if untie and (tied := mapping.tied_copy(model)) is not None and tied[0] in found:
+        model = replace(model, tie_embeddings=False)
+    _check(found, model)
+    _check_tied(found, model)
+    shapes = mapping.atom_shapes(model)
+    atoms = {}
+    for name, tensor in mapping.hf_tensors(model).items():
+        dtype = found[name].dtype
+        array = Array(dtype, shapes[name], (_place(found[name], shapes[name], tensor.fills[0].transposed),))
+        atoms[name] = Atom(name=name, shape=shapes[name], dtype=dtype, states={MODEL: array})
+    return Content(
+        format=HuggingFace.name,
+        path=folder,
+        model=model,
+        atoms=atoms,
+        files=taken_along(folder),
+        left_out=tuple(_left_out(found, model)),
+        crc32=crc32,
+    )
 
 
 def taken_along(folder: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import hf, mapping
+from cpt.checkpoint import mapping
 from cpt.plan.types import ModelConfig
 
 
@@ -60,35 +60,32 @@ def fuse(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.nda
 
 @given(models())
 @settings(deadline=None, max_examples=60)
-def test_splitting_what_was_fused_gives_back_every_number(model: ModelConfig) -> None:
-    import torch
-
-    before = numbered(model)
-    fused = {key: torch.from_numpy(value) for key, value in fuse(model, before).items()}
-    back = dict(hf.split(model, fused.items()))
-    assert back.keys() == before.keys()
-    assert all(np.array_equal(back[name].numpy(), before[name]) for name in before)
-
-
-@given(models())
-@settings(deadline=None, max_examples=60)
-def test_stacked_layers_and_padding_rows_split_alike(model: ModelConfig) -> None:
-    import torch
-
+def test_every_number_is_once_in_what_was_fused_and_is_found_again(model: ModelConfig) -> None:
     before = numbered(model)
     fused = fuse(model, before)
-    stacked: dict[str, torch.Tensor] = {}
-    for key, value in fused.items():
-        if not key.startswith("decoder.layers."):
-            stacked[key] = torch.from_numpy(value)
-        elif ".0." in key[:17]:
-            name = key.replace("decoder.layers.0.", "decoder.layers.")
-            layers = [fused[key.replace(".0.", f".{i}.", 1)] for i in range(model.num_layers)]
-            stacked[name] = torch.from_numpy(np.stack(layers))
-    embedding = "embedding.word_embeddings.weight"
-    stacked[embedding] = torch.cat((stacked[embedding], torch.full((3, model.hidden_size), -1.0)))
-    back = dict(hf.split(model, stacked.items()))
-    assert all(np.array_equal(back[name].numpy(), before[name]) for name in before)
+    there = np.sort(np.concatenate([value.ravel() for value in fused.values()]))
+    assert np.array_equal(there, np.sort(np.concatenate([value.ravel() for value in before.values()])))
+    back = {name: np.full_like(value, -1) for name, value in before.items()}
+    for key, tensor in mapping.megatron_tensors(model).items():
+        assert fused[key].shape == tensor.tensor.shape
+        for f in tensor.tensor.fills:
+            back[str(f.atom)][f.at_row : f.at_row + f.rows] = fused[key][f.row : f.row + f.rows]
+    assert all(np.array_equal(back[name], before[name]) for name in before)
+
+
+@given(models(), st.integers(0, 5), st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_padding_rows_come_last_and_those_that_no_source_has_are_zeros(
+    model: ModelConfig, pad_rows: int, more: int
+) -> None:
+    padded = model.vocab_size + pad_rows + more
+    tensors = mapping.megatron_tensors(model, padded, pad_rows=pad_rows)
+    for key in {mapping.EMBEDDING, mapping.OUTPUT} & set(tensors):
+        tensor = tensors[key].tensor
+        assert tensor.shape == (padded, model.hidden_size)
+        kinds = [(f.rows, f.pad, f.atom is None) for f in tensor.fills]
+        wanted = [(model.vocab_size, False, False), (pad_rows, True, False), (more, False, True)]
+        assert kinds == [w for w in wanted if w[0]]
 
 
 @given(models())
