@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cpt.base.errors import UsageError
 from cpt.base.registry import nearest, unknown
 from cpt.checkpoint.arrays import Fill, Tensor, as_matrix
 from cpt.plan.types import ModelConfig
@@ -289,10 +290,40 @@ def has_experts(model: ModelConfig, layer: int) -> bool:
     return model.num_experts > 0 and layer not in model.moe_dense_layers
 
 
+def check_sizes(model: ModelConfig) -> None:
+    """Whether a model can be at all: sizes from a damaged file may be anything.
+
+    Raises:
+        UsageError: a size is no whole number, too small, or beyond every model.
+    """
+    least = {
+        **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim"), 1),
+        **dict.fromkeys(("vocab_size", "ffn_hidden_size", "max_position_embeddings"), 0),
+        **dict.fromkeys(("num_experts", "moe_ffn_hidden_size", "moe_shared_ffn_hidden_size"), 0),
+    }
+    for name, smallest in least.items():
+        value = getattr(model, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= _MOST_SIZE:
+            raise UsageError(f"`{name}` is {str(value)[:40]}, wanted a whole number from {smallest} to {_MOST_SIZE:,}")
+    if model.num_layers * max(1, model.num_experts) > _MOST_PARTS:
+        raise UsageError(
+            f"{model.num_layers:,} layers of {model.num_experts:,} experts are more than any model has "
+            f"({_MOST_PARTS:,} together)"
+        )
+    if model.num_attention_heads % model.num_query_groups:
+        raise UsageError(
+            f"{model.num_attention_heads} attention heads do not divide into {model.num_query_groups} key-value heads"
+        )
+
+
+_MOST_SIZE, _MOST_PARTS = 1 << 40, 1 << 18
+
+
 def _instances(model: ModelConfig) -> Iterator[tuple[Rule, str, tuple[str, ...]]]:
     """(rule, Megatron name, names of logical tensors) of every tensor, layer by layer."""
     if model.family not in RULES:
         raise unknown("model family", model.family, RULES)
+    check_sizes(model)
     rules = RULES[model.family]
     in_layers = [r for r in rules if "{i}" in r.key]
     first = rules.index(in_layers[0])

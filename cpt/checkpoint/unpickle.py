@@ -10,24 +10,38 @@ import collections
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from typing import IO, Any, ClassVar
 
 from cpt.base.errors import UsageError
 
-_SCALARS = {
+
+def _of_what_is_there(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """A constructor that only takes what the pickle holds itself: `list(range(10**12))` would fill the memory."""
+
+    def make(*args: Any) -> Any:
+        held = (list, tuple, dict, set, frozenset, str, bytes, bytearray)
+        if args and not isinstance(args[0], held):
+            raise pickle.UnpicklingError(f"a collection of a {type(args[0]).__name__}")
+        return kind(*args)
+
+    return make
+
+
+_SCALARS: dict[tuple[str, str], Any] = {
     ("builtins", name): value
     for name, value in {
-        "set": set,
-        "frozenset": frozenset,
-        "list": list,
+        "set": _of_what_is_there(set),
+        "frozenset": _of_what_is_there(frozenset),
+        "list": _of_what_is_there(list),
         "dict": dict,
-        "tuple": tuple,
+        "tuple": _of_what_is_there(tuple),
         "int": int,
         "float": float,
         "bool": bool,
         "str": str,
-        "bytes": bytes,
-        "bytearray": bytearray,
+        "bytes": _of_what_is_there(bytes),
+        "bytearray": _of_what_is_there(bytearray),
         "complex": complex,
         "slice": slice,
         "range": range,
@@ -36,8 +50,8 @@ _SCALARS = {
 _KNOWN: dict[tuple[str, str], Any] = {
     **_SCALARS,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "deque"): collections.deque,
-    ("torch", "Size"): tuple,
+    ("collections", "deque"): _of_what_is_there(collections.deque),
+    ("torch", "Size"): _of_what_is_there(tuple),
 }
 _FLOATS = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"}
 _DTYPES = _FLOATS | {"bool", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"}
