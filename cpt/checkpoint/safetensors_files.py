@@ -16,6 +16,7 @@ from cpt.base.files import read_json
 
 INDEX = "model.safetensors.index.json"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)(\.safetensors)")
+_MOST_AXES = 8
 _MOST = 100 * 2**20  # no sane header is longer [bytes]
 
 
@@ -46,7 +47,7 @@ def named_in(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"`{index}` is not an index of weight files") from None
     for name, file in claimed.items():
-        if Path(file).name != file or file in ("", ".", ".."):
+        if Path(file).name != file or file in ("", ".", "..") or "\0" in file:
             raise UsageError(f"`{index}` says that `{name}` is in `{file}`, which is not the name of a file beside it")
     return claimed
 
@@ -119,9 +120,10 @@ def read_header(path: Path) -> dict[str, Place]:
             end = max(end, stop)
             if 8 + length + stop > size:
                 lost.append(name)
-            places[name] = Place(
-                path, str(facts["dtype"]), tuple(int(n) for n in facts["shape"]), 8 + length + start, stop - start
-            )
+            shape = tuple(int(n) for n in facts["shape"][: _MOST_AXES + 1])
+            if len(shape) > _MOST_AXES:
+                raise ValueError
+            places[name] = Place(path, str(facts["dtype"]), shape, 8 + length + start, stop - start)
     except (TypeError, KeyError, AttributeError, IndexError, ValueError):
         raise UsageError(f"`{path}` is no safetensors file: its header is not understood") from None
     if lost:

@@ -201,7 +201,10 @@ def file_sums(folder: Path) -> list[Sum]:
     """
     if (folder / manifests.NAME).is_file():
         files = manifests.read(folder).files
-        return [_whole(folder, n, f.size, f.crc32, manifests.NAME) for n, f in files.items()]
+        try:
+            return [_whole(folder, n, f.size, f.crc32, manifests.NAME) for n, f in files.items()]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"`{folder / manifests.NAME}` is damaged: {error}") from None
     for name in LISTS:
         if not (folder / name).is_file():
             continue

@@ -359,8 +359,21 @@ class _Folder:
             self.entries = self._check_entries()
             if identity(list(self.entries.values())) != self.manifest["id"]:
                 raise UsageError(f"`{self.path}`: `id` is not that of the tensors listed: the manifest was changed")
+            self._check_rest()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise UsageError(f"`{self.path}` is damaged: {type(error).__name__}: {error}") from None
+
+    def _check_rest(self) -> None:
+        """What lies beside the tensors is of the right kind."""
+        for name in ("step", "iteration", "padded_vocab_size"):
+            value = self.manifest[name]
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise UsageError(f"`{self.path}`: `{name}` is {str(value)[:40]!r}, wanted a whole number")
+        for name, kind in (("groups", list), ("common", dict), ("objects", dict)):
+            if not isinstance(self.manifest[name], kind):
+                raise UsageError(f"`{self.path}`: `{name}` is not a {'list' if kind is list else 'mapping'}")
+        if not all(isinstance(g, dict) for g in self.manifest["groups"]):
+            raise UsageError(f"`{self.path}`: `groups` is not a list of mappings")
 
     def content(self, reading: Reading) -> Content:
         manifest = self.manifest

@@ -575,6 +575,8 @@ class _Reader:
                 if chain == 0 and rank.ep > 0:
                     continue  # saved by the first expert rank
                 raise UsageError(f"`{file}` holds no state of optimizer {chain}")
+            if not isinstance(entry, Mapping):
+                raise UsageError(f"`{file}` does not hold a distributed optimizer's state")
             if not entry.get("buckets_coalesced"):
                 raise UsageError(
                     f"`{file}` was written by Megatron of before February 2024 (no `buckets_coalesced`): not supported"
