@@ -20,7 +20,8 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint.arrays import CARRIERS, Array, Crc, Files, OutFile, Payload, itemsize
 from cpt.checkpoint.content import MODEL, Content
 
-BLOCK = 1 << 20  # of values in hand at a time: what stays in a core's cache; more is slower [bytes]
+BLOCK = 64 << 20  # the most values in hand at a time [bytes]
+_IN_CACHE = 1 << 20  # of them, as many as stay in a core's cache: more is slower [bytes]
 _EARLY = 8 << 20  # written bytes that are sent to the disk before the end [bytes]
 
 
@@ -44,18 +45,26 @@ Watch = Callable[[Payload, np.ndarray[Any, Any]], None]
 
 
 def write_file(
-    out: OutFile, content: Content, folder: Path, files: Files, *, block: int = BLOCK, watch: Watch | None = None
+    out: OutFile,
+    content: Content,
+    folder: Path,
+    files: Files,
+    *,
+    block: int = BLOCK,
+    begin: Callable[[Payload], None] | None = None,
+    watch: Watch | None = None,
 ) -> FileSums:
     """Write and sync one file.
 
     Args:
+        begin: called with each payload before its values are read; may raise to stop.
         watch: called with each block's values (a flat array of the dtype's carrier) and its payload, before it is
             written: checks of values, progress; may raise to stop.
     """
     path = folder / out.name
     path.parent.mkdir(parents=True, exist_ok=True)
     sums: list[int] = []
-    buffer = np.empty(block, np.uint8)
+    buffer = np.empty(min(block, _IN_CACHE), np.uint8)
     with open(path, "wb", buffering=0) as file:
         put = _Put(file, with_sha256=out.sha256)
         for part in out.parts:
@@ -63,6 +72,8 @@ def write_file(
                 put.text(sums[part.of].to_bytes(4, "little"))
             elif isinstance(part, Payload):
                 put.crc = 0
+                if begin is not None:
+                    begin(part)
                 for values in blocks(part, content, files, buffer):
                     if watch is not None:
                         watch(part, values)

@@ -130,10 +130,10 @@ def _alone(tasks: Sequence[Task], do: Callable[[Task, Tell], dict[str, Any]], to
 
     def tell(size: int, label: str) -> None:
         nonlocal peak, last
-        peak = max(peak, anonymous_memory())
         told.progress(size, label)
         if time.monotonic() - last > 0.5:
             last = time.monotonic()
+            peak = max(peak, anonymous_memory())
             told.tick()
         stop.check()
 
@@ -141,6 +141,7 @@ def _alone(tasks: Sequence[Task], do: Callable[[Task, Tell], dict[str, Any]], to
         for task in tasks:
             stop.check()
             told.result(task, do(task, tell))
+            peak = max(peak, anonymous_memory())
     finally:
         told.peaks.append(peak)
 

@@ -298,14 +298,20 @@ def _parts(payload: Payload, bits: Values, first: int) -> Iterator[tuple[Key, Bo
         size = segment.rows * segment.columns
         if size and at < last and at + size > first:
             begin, end = max(at, first), min(at + size, last)
-            assert (begin - at) % segment.columns == 0 and (end - at) % segment.columns == 0
-            rows = bits[begin - first : end - first].reshape(-1, segment.columns)
-            yield from _of_rows(payload, segment, (begin - at) // segment.columns, rows)
+            while begin < end:  # whole rows, or a part of one
+                row, column = divmod(begin - at, segment.columns)
+                width = min(segment.columns - column, end - begin)
+                height = (end - begin) // width if width == segment.columns else 1
+                rows = bits[begin - first :][: height * width].reshape(height, width)
+                yield from _of_rows(payload, segment, row, column, rows)
+                begin += height * width
         at += size
 
 
-def _of_rows(payload: Payload, segment: Segment, first: int, rows: Values) -> Iterator[tuple[Key, Box, Values, bool]]:
-    for f in crop(segment.fills, first, len(rows), 0, segment.columns):
+def _of_rows(
+    payload: Payload, segment: Segment, row: int, column: int, rows: Values
+) -> Iterator[tuple[Key, Box, Values, bool]]:
+    for f in crop(segment.fills, row, rows.shape[0], column, rows.shape[1]):
         if f.atom is None:
             continue
         height, width = (f.columns, f.rows) if f.transposed else (f.rows, f.columns)

@@ -65,7 +65,7 @@ class Worker:
         self.plan, self.running, self.folder = plan, running, folder
         self.parts = check_parts(plan.content)
         self.sums = SourceSums(plan)
-        self.files = Files(count_rounded=True)
+        self.files = Files()
 
     def do(self, task: Task, tell: Tell) -> dict[str, Any]:
         """Do one task.
@@ -90,29 +90,26 @@ class Worker:
     def _write(self, task: Task, tell: Tell) -> dict[str, Any]:
         out = self.plan.output.files[task.number]
         look = Look(self.plan.content)
-        rounded, last = 0, self.files.rounded
-        current: Payload | None = None
-        counts = False
+        before = self.files.rounded
+
+        def begin(payload: Payload) -> None:
+            self.files.count_rounded = is_rounded(payload, self.plan.content)
+            self.sums.verify_payload(payload, task.number, self.files)
 
         def watch(payload: Payload, values: np.ndarray[Any, Any]) -> None:
-            nonlocal rounded, last, current, counts
-            if payload is not current:
-                current, counts = payload, is_rounded(payload, self.plan.content)
-                self.sums.verify_payload(payload, task.number, self.files)
             look(payload, values)
-            if counts:
-                rounded += self.files.rounded - last
-            last = self.files.rounded
             tell(values.nbytes, payload.name)
 
         try:
-            sums = write_file(out, self.plan.content, self.folder, self.files, block=self.running.block, watch=watch)
+            sums = write_file(
+                out, self.plan.content, self.folder, self.files, block=self.running.block, begin=begin, watch=watch
+            )
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(self.folder / out.name)  # its room may be what the next run needs
             error.filename = error.filename or str(self.folder / out.name)
             raise
-        look.facts.rounded = rounded
+        look.facts.rounded = self.files.rounded - before
         return {"file": out.name, "sums": asdict(sums), "facts": look.facts.to_json()}
 
     def _reread(self, task: Task, tell: Tell) -> dict[str, Any]:
