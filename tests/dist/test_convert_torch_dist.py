@@ -15,6 +15,7 @@ from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.formats.torch_dist import TorchDist
 from cpt.plan.types import ModelConfig, Parallel
 from tests import made_checkpoints
+from tests.dist import legacy_ranks
 from tests.dist.ranks import run_ranks
 from tests.dist.test_checkpoint import (
     LLAMA,
@@ -27,6 +28,7 @@ from tests.dist.test_checkpoint import (
     progress,
     train_save_go_on,
 )
+from tests.dist.test_convert_megatron import CASES, layout
 from tests.shared import shared_data
 
 QWEN = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, head_dim=10)
@@ -185,3 +187,41 @@ def test_what_megatron_core_saves_in_other_spellings_is_read_to_the_bit(
     ours, theirs = TorchDist.open(tmp_path / "ours", config), TorchDist.open(tmp_path / "theirs", config)
     assert (tmp_path / "ours" / "manifest.json").is_file() and not (tmp_path / "theirs" / "manifest.json").exists()
     assert_same(ours, theirs)
+
+
+def stock_saved(case: legacy_ranks.Case, root: str) -> Any:
+    stock = legacy_ranks.Stock(case, seed=1)
+    stock.train()
+    stock.save_legacy(Path(root))
+    return stock.where(), stock.truth()
+
+
+def stock_loaded(case: legacy_ranks.Case, form: str | None, folder: str) -> Any:
+    """What a stock model of other values holds after megatron-core loaded one of our folders."""
+    from cpt.engine import optimizer
+
+    legacy_ranks.METADATA["distrib_optim_sharding_type"] = form
+    if form is None:
+        del legacy_ranks.METADATA["distrib_optim_sharding_type"]
+    if case.distributed:
+        optimizer.register()
+    stock = legacy_ranks.Stock(case, seed=5)
+    stock.train()
+    stock.load_sharded(Path(folder))
+    return stock.where(), stock.truth()
+
+
+@pytest.mark.parametrize("name", ["buckets", "expert ranks", "ordinary", "fp32", "fp32, distributed"])
+def test_stock_models_load_state_in_model_shapes_strictly(name: str, tmp_path: Path) -> None:
+    from cpt.checkpoint.formats.megatron import Megatron
+
+    case = CASES[name]
+    saved = run_ranks(case.ranks, stock_saved, case, str(tmp_path / "legacy"))
+    content = Megatron.open(tmp_path / "legacy", Reading())
+    form = "fully_reshardable" if case.distributed else "plain"
+    folder = made_checkpoints.write(content, "torch_dist", tmp_path, Writing(layout=layout(case), optimizer=form))
+    asked = form if case.distributed else None
+    loaded = run_ranks(case.ranks, stock_loaded, case, asked, str(folder))
+    for (where, before), (_, after) in zip(saved, loaded, strict=True):
+        assert before.keys() == after.keys()
+        assert [k for k in before if before[k] != after[k]] == [], where
