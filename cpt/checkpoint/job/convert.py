@@ -20,7 +20,7 @@ from cpt.checkpoint.job.crew import Stop, Stopped, Told
 from cpt.checkpoint.job.journal import NAME as JOURNAL
 from cpt.checkpoint.job.journal import Entry, Journal, open_journal
 from cpt.checkpoint.job.look import Facts, findings
-from cpt.checkpoint.job.planning import Plan, Running
+from cpt.checkpoint.job.planning import Plan, Running, state_of_files
 from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, with_record
 from cpt.checkpoint.job.work import CHECK, REREAD, WRITE, Task, Worker, crc32_from_disk, not_as_written
 from cpt.checkpoint.writing import FileSums
@@ -115,6 +115,7 @@ class _Job:
                 if self.running.verify:
                     self._reread(sums)
                 self.stop.check()
+            self._refuse_changed()
             self._rename()
         except Stopped:
             files, of = len(self.journal.files), len(self.plan.output.files)
@@ -267,6 +268,12 @@ class _Job:
             if name not in self.journal.files:
                 compare(name, crc32_from_disk(self.folder / name))
         FORMATS.get(self.plan.request.to).open(self.folder, self.plan.request.reading)
+
+    def _refuse_changed(self) -> None:
+        """A source that was written to meanwhile: nobody knows which of its states was read."""
+        for folder, state in self.plan.sources.items():
+            if state_of_files(folder) != state:
+                raise UsageError(f"`{folder}` has changed while it was read", "wait until nobody writes to it")
 
     def _rename(self) -> None:
         """Make the folder appear under its name, whole and synced."""

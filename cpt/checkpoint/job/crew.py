@@ -238,7 +238,7 @@ class _Crew:
             hints = (
                 ["the kernel kills so when memory runs out: try fewer `--workers`"] if code == -signal.SIGKILL else []
             )
-            self.error = StageFailed(f"a worker {how}", *hints)
+            self.error = StageFailed(f"a worker {how}", *hints, "the same command goes on with what is finished")
 
     def _end_all(self) -> None:
         for pipe, pid in list(self.pids.items()):

@@ -169,6 +169,7 @@ class Look:
         self.content = content
         self.facts = Facts()
         self._varied: set[Key] = set()  # tensors with two different values
+        self._boxes: dict[Key, list[Box]] = {}  # of `facts.single`, by tensor
         self._payload: Payload | None = None
         self._at = 0  # values of the payload that have passed
         self._settled = False  # all of the payload's tensors are known to vary
@@ -225,23 +226,25 @@ class Look:
 
     def _vary(self, key: Key) -> None:
         self._varied.add(key)
-        for one in [one for one in self.facts.single if one[0] == key]:
-            del self.facts.single[one]
+        for box in self._boxes.pop(key, []):
+            del self.facts.single[key, box]
 
     def _join(self, key: Key, box: Box, value: int) -> None:
         """Note a part of one value; parts that lie one below the other become one."""
         row, rows, column, columns = box
-        for (other, (top, height, left, width)), seen in self.facts.single.items():
-            if other != key:
-                continue
-            if seen != value:
-                return self._vary(key)
+        boxes = self._boxes.setdefault(key, [])
+        if boxes and self.facts.single[key, boxes[0]] != value:
+            self._vary(key)
+            return
+        for one in reversed(boxes):
+            top, height, left, width = one
             if (left, width) == (column, columns) and top + height == row:
-                del self.facts.single[key, (top, height, left, width)]
+                boxes.remove(one)
+                del self.facts.single[key, one]
                 row, rows = top, height + rows
                 break
-        self.facts.single[key, (row, rows, column, columns)] = value
-        return None
+        boxes.append((row, rows, column, columns))
+        self.facts.single[key, boxes[-1]] = value
 
 
 def _has_nonfinite(bits: Values, kinds: Any) -> bool:

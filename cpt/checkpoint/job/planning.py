@@ -71,6 +71,7 @@ class Plan:
         id: hash over the source's files, the format, the options and the version.
         identity: hash over the source's files: names, sizes, times of change.
         options: those that are not the default, by name, as JSON.
+        sources: folders that are read, and the hash over their files (see `state_of_files`).
     """
 
     request: Request
@@ -80,6 +81,7 @@ class Plan:
     id: str
     identity: str
     options: Mapping[str, Any]
+    sources: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +136,7 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
         id=hash_text(text),
         identity=identity,
         options=options,
+        sources={found.folder: identity},
     )
 
 
