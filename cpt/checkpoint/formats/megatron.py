@@ -10,28 +10,25 @@ from 0 in each chunk; how many layers a chunk has is what its names show.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import arrays, buckets, layouts, mapping, megatron_args, torch_zip, unpickle
+from cpt.checkpoint import arrays, layouts, mapping, megatron_args, unpickle
 from cpt.checkpoint.arrays import Array, Files
-from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, OPTIMIZER, Atom, Content, Layout, Optimizer
-from cpt.checkpoint.copies import Parts, Placed
+from cpt.checkpoint.content import MAIN, MODEL, OPTIMIZER, Atom, Content, Layout, Optimizer
+from cpt.checkpoint.copies import Parts
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
+from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, FILE, Folder, Param, Rank, rank_folder
+from cpt.checkpoint.formats.megatron_optimizer import OptimizerReader
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT
-from cpt.checkpoint.torch_zip import Archive
 from cpt.checkpoint.unpickle import TensorRecord
 from cpt.plan.types import ModelConfig
 
-FILE, DISTRIBUTED = "model_optim_rng.pt", "distrib_optim.pt"
-SCHEDULER = "opt_param_scheduler"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _CHUNK = re.compile(r"model\d*")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -56,6 +53,11 @@ class Megatron(Format):
         reader = _Reader(folder, reading)
         try:
             return reader.content()
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            # A pickle can say anything; what is likely to be wrong is checked by name before.
+            raise UsageError(
+                f"`{folder}` is damaged, or its files do not hold what Megatron writes: {type(error).__name__}: {error}"
+            ) from error
         finally:
             reader.files.close()
 
@@ -74,40 +76,6 @@ class Megatron(Format):
         }
 
 
-def rank_folder(layout: Layout, tp: int, pp: int, ep: int) -> str:
-    """Name of a rank's folder."""
-    name = f"mp_rank_{tp:02d}"
-    name += f"_{pp:03d}" if layout.pp > 1 else ""
-    return name + (f"_{ep:03d}" if layout.ep > 1 else "")
-
-
-@dataclass(frozen=True)
-class _Rank:
-    """A rank's file."""
-
-    tp: int
-    pp: int
-    ep: int
-    file: str
-    archive: Archive
-    chunks: tuple[Mapping[str, TensorRecord], ...]
-
-    def __str__(self) -> str:
-        return Path(self.file).parent.name
-
-
-@dataclass(frozen=True)
-class _Param:
-    """A parameter that a rank holds."""
-
-    held: Held
-    record: TensorRecord
-
-    @property
-    def dtype(self) -> str:
-        return self.record.storage.dtype
-
-
 class _Reader:
     """One folder while it is opened."""
 
@@ -115,16 +83,13 @@ class _Reader:
         self.folder, self.reading = folder, reading
         self.files = Files()
         self.parts = Parts(self.files, first_replica=reading.first_replica)
-        self.crc32: dict[str, list[tuple[int, int, int]]] = {}
+        self.opener = Folder(folder, self.files)
         self.left_out: list[str] = []
-        self.steps: set[int] = set()
-        self.groups: tuple[Mapping[str, Any], ...] = ()
-        self.first: _Rank
 
     def content(self) -> Content:
         folders = self._folders()
         first = self._load(folders[min(folders)])
-        self.args = _arguments(first.archive.value)
+        self.args = _arguments(first.opened.archive.value)
         self._check_version(first)
         layout = self._layout(folders, first)
         ranks = [
@@ -141,12 +106,13 @@ class _Reader:
         for rank, of_rank in zip(ranks, params, strict=True):
             for param in of_rank:
                 what = f"`{param.held.name}`"
-                placed = self._placed(rank.file, rank.archive, param.record, param.held, what)
+                placed = rank.opened.places(param.record, param.held, what)
                 self.parts.add(str(rank), param.held, rank.tp, MODEL, param.dtype, placed)
         optimizer = self._optimizer(ranks, params, model, layout, padded)
+        self.left_out += self.parts.overridden
         atoms = self._atoms(model, padded, optimizer is not None)
         self._note(ranks)
-        value = first.archive.value
+        value = first.opened.archive.value
         iteration = value.get("iteration")
         released = self.folder.name == "release" or not isinstance(iteration, int) or iteration <= 0
         return Content(
@@ -162,7 +128,7 @@ class _Reader:
             objects={k: unpickle.plain(v) for k, v in value.items() if str(k).startswith("cpt.")},
             layout=layout,
             left_out=tuple(self.left_out),
-            crc32={file: tuple(sorted(set(sums))) for file, sums in self.crc32.items()},
+            crc32=dict(self.opener.crc32),
         )
 
     # --- which ranks there are ---
@@ -185,23 +151,16 @@ class _Reader:
             raise UsageError(f"`{without[0] / FILE}` is missing: the save never finished or the copy is incomplete")
         return found
 
-    def _load(self, folder: Path, tp: int = 0, pp: int = 0, ep: int = 0) -> _Rank:
-        file = os.fspath(folder / FILE)
-        archive = self._archive(file)
-        value = archive.value
+    def _load(self, folder: Path, tp: int = 0, pp: int = 0, ep: int = 0) -> Rank:
+        opened = self.opener.open(folder / FILE)
+        file, value = opened.file, opened.archive.value
         if not isinstance(value, dict):
             raise UsageError(f"`{file}` does not hold a Megatron checkpoint")
         keys = [k for k in value if isinstance(k, str) and _CHUNK.fullmatch(k)]
         wanted = ["model"] if keys == ["model"] else [f"model{i}" for i in range(len(keys))]
         if not keys or set(keys) != set(wanted):
             raise UsageError(f"`{file}` has no `model` (`model0`, `model1`, … with virtual pipeline chunks)")
-        return _Rank(tp, pp, ep, file, archive, tuple(self._tensors(value[k], file) for k in wanted))
-
-    def _archive(self, file: str) -> Archive:
-        data = self.files.map(file)
-        archive = torch_zip.read(data, 0, len(data), file)
-        self.crc32[file] = [(s.start, s.length, s.crc32) for s in archive.storages.values()]
-        return archive
+        return Rank(tp, pp, ep, opened, tuple(self._tensors(value[k], file) for k in wanted))
 
     def _tensors(self, state: Any, file: str) -> dict[str, TensorRecord]:
         """The tensors of a module's state by name."""
@@ -227,8 +186,8 @@ class _Reader:
             self.left_out.append(f"{scales} `_extra_state` entries of layers in `{Path(file).parent.name}`")
         return found
 
-    def _check_version(self, first: _Rank) -> None:
-        version = first.archive.value.get("checkpoint_version", 0)
+    def _check_version(self, first: Rank) -> None:
+        version = first.opened.archive.value.get("checkpoint_version", 0)
         if not isinstance(version, int | float) or version < 2:
             raise UsageError(
                 f"`{first.file}` has `checkpoint_version` {version}: before 2.0 queries, keys and values were stored "
@@ -236,7 +195,7 @@ class _Reader:
                 "load and save it once with Megatron-LM, which reorders them",
             )
 
-    def _layout(self, folders: Mapping[tuple[int, ...], Path], first: _Rank) -> Layout:
+    def _layout(self, folders: Mapping[tuple[int, ...], Path], first: Rank) -> Layout:
         """Sizes of the layout, as the arguments say and the folders bear out.
 
         Raises:
@@ -281,11 +240,11 @@ class _Reader:
         value = self.args.get(name)
         return value if isinstance(value, int) and value > 0 else 1
 
-    def _check_same(self, ranks: Sequence[_Rank]) -> None:
+    def _check_same(self, ranks: Sequence[Rank]) -> None:
         """Refuse files of different saves."""
         first = ranks[0]
         for rank in ranks[1:]:
-            mine, theirs = first.archive.value, rank.archive.value
+            mine, theirs = first.opened.archive.value, rank.opened.archive.value
             for key in ("iteration", "checkpoint_version"):
                 if mine.get(key) != theirs.get(key):
                     raise UsageError(
@@ -304,7 +263,7 @@ class _Reader:
                     f"`{first}` has {len(first.chunks)} virtual pipeline chunks, `{rank}` has {len(rank.chunks)}"
                 )
 
-    def _with_layers(self, layout: Layout, ranks: Sequence[_Rank], model: ModelConfig, where: str) -> Layout:
+    def _with_layers(self, layout: Layout, ranks: Sequence[Rank], model: ModelConfig, where: str) -> Layout:
         """The layout with as many layers in each part as its names show."""
         by_stage = {rank.pp: rank for rank in reversed(ranks)}
         counts = []
@@ -332,7 +291,7 @@ class _Reader:
 
     # --- the model ---
 
-    def _padded(self, model: ModelConfig, layout: Layout, first: _Rank, where: str) -> int:
+    def _padded(self, model: ModelConfig, layout: Layout, first: Rank, where: str) -> int:
         """Rows of the vocabulary, padding included."""
         record = first.chunks[0].get(EMBEDDING)
         if record is None or not record.size:
@@ -351,14 +310,14 @@ class _Reader:
             )
         return rows
 
-    def _params(self, rank: _Rank, model: ModelConfig, layout: Layout, padded: int) -> list[_Param]:
+    def _params(self, rank: Rank, model: ModelConfig, layout: Layout, padded: int) -> list[Param]:
         """A rank's parameters in the order of registration, which is that of the names in its file.
 
         Raises:
             UsageError: one is missing, unknown, or has another shape than the arguments say.
         """
         stages = layouts.layers_of(layout, model.num_layers)
-        params: list[_Param] = []
+        params: list[Param] = []
         used: list[set[str]] = [set() for _ in rank.chunks]
         for held in layouts.held(model, layout, padded, tp=rank.tp, pp=rank.pp, ep=rank.ep):
             names = {held.name}
@@ -382,7 +341,7 @@ class _Reader:
                 )
             used[held.chunk].add(there[0])
             own = Held(held.chunk, there[0], held.key, held.tensor, held.copied)
-            params.append(_Param(own, record))
+            params.append(Param(own, record))
         for chunk, names in zip(rank.chunks, used, strict=True):
             for name in chunk:
                 if name not in names and not mapping.IGNORED.match(name):
@@ -393,16 +352,6 @@ class _Reader:
                     )
         order = [{name: i for i, name in enumerate(chunk)} for chunk in rank.chunks]
         return sorted(params, key=lambda p: (p.held.chunk, order[p.held.chunk][p.held.name]))
-
-    def _placed(self, file: str, archive: Archive, record: TensorRecord, held: Held, what: str) -> list[Placed]:
-        """Where a tensor's values lie."""
-        if tuple(record.size) != held.tensor.shape:
-            raise UsageError(
-                f"`{file}`: {what} has shape {list(record.size)}, the model's tensor has {list(held.tensor.shape)}"
-            )
-        start = _start(file, archive, record, what)
-        columns = held.tensor.matrix[1]
-        return list(arrays.places(held.tensor.fills, file, start, columns, record.storage.dtype))
 
     def _atoms(self, model: ModelConfig, padded: int, optimizer: bool) -> dict[str, Atom]:
         """Every logical tensor, each state whole.
@@ -433,135 +382,14 @@ class _Reader:
             made[name] = Atom(name=name, shape=shape, dtype=states[MODEL].dtype, states=states, pad=padding)
         return made
 
-    # --- the optimizer ---
-
     def _optimizer(
-        self,
-        ranks: Sequence[_Rank],
-        params: Sequence[Sequence[_Param]],
-        model: ModelConfig,
-        layout: Layout,
-        padded: int,
+        self, ranks: Sequence[Rank], params: Sequence[Sequence[Param]], model: ModelConfig, layout: Layout, padded: int
     ) -> Optimizer | None:
-        there = [rank for rank in ranks if rank.archive.value.get("optimizer") is not None]
-        if not there or not self.reading.optimizer:
-            if there:
-                self.left_out.append("optimizer state")
+        if not any(rank.opened.archive.value.get("optimizer") is not None for rank in ranks):
             return None
-        if len(there) < len(ranks):
-            missing = next(rank for rank in ranks if rank not in there)
-            raise UsageError(f"`{missing.file}` has no `optimizer`, `{there[0]}` has one")
-        apart = layout.ep > 1 and model.num_experts > 0
-        form = "plain"
-        for rank, of_rank in zip(ranks, params, strict=True):
-            stored = _chained(rank.archive.value["optimizer"])
-            if len(stored) != 1 + apart:
-                raise UsageError(
-                    f"`{rank.file}` has the state of {len(stored)} optimizers, a model with"
-                    f"{'' if apart else 'out'} expert ranks has {1 + apart}"
-                )
-            groups: list[Mapping[str, Any]] = []
-            flat: list[tuple[int, list[_Param]]] = []
-            for chain, one in enumerate(stored):
-                of_chain = [p for p in of_rank if not apart or p.held.is_expert == (chain == 1)]
-                what = f"`{rank.file}`, optimizer {chain}" if apart else f"`{rank.file}`"
-                inner = one.get("optimizer", one)
-                if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
-                    raise UsageError(f"{what}: the optimizer's state has no `param_groups`")
-                groups += self._note_groups(inner["param_groups"])
-                if "grad_scaler" in one:
-                    self.left_out.append(f"the state of the loss scaler in `{rank}`")
-                if inner.get("state"):
-                    self._plain(rank, one, inner, of_chain, apart, what)
-                elif of_chain:
-                    flat.append((chain, of_chain))
-            self.groups = self.groups or tuple(groups)
-            if flat:
-                form = "dp_reshardable"
-                self._distributed(rank, flat, model, layout, padded, apart)
-        if len(self.steps) != 1:
-            said = ", ".join(map(str, sorted(self.steps))) or "no number"
-            raise UsageError(f"`{self.folder}`: the optimizer's states do not say one count of updates, but {said}")
-        self.left_out += self.parts.overridden
-        return Optimizer(step=next(iter(self.steps)), groups=self.groups, form=form)
-
-    def _note_groups(self, groups: Sequence[Any]) -> list[Mapping[str, Any]]:
-        found = []
-        for group in groups:
-            step = group.get("step")
-            if isinstance(step, int | float) and step == int(step):
-                self.steps.add(int(step))
-            found.append(unpickle.plain({k: v for k, v in group.items() if k not in ("params", "step")}))
-        return found
-
-    def _plain(
-        self,
-        rank: _Rank,
-        outer: Mapping[str, Any],
-        inner: Mapping[str, Any],
-        params: Sequence[_Param],
-        apart: bool,
-        what: str,
-    ) -> None:
-        """State of an ordinary optimizer: by the number of the parameter in the groups."""
-        groups, state = inner["param_groups"], inner["state"]
-        mains = outer.get("fp32_from_fp16_params", outer.get("fp32_from_fp16"))
-        if mains is not None and len(mains) != len(groups):
-            raise UsageError(f"{what}: {len(mains)} groups of fp32 weights for {len(groups)} parameter groups")
-        for i, (group, members) in enumerate(zip(groups, _members(groups, state, params, what), strict=True)):
-            halves = [p for p in members if p.dtype != "float32"]
-            given = list(mains[i]) if mains is not None else []
-            if len(given) != len(halves):
-                raise UsageError(
-                    f"{what}: parameter group {i} has fp32 weights of {len(given)} parameters "
-                    f"(`fp32_from_fp16_params`), wanted are {len(halves)}"
-                )
-            main_of = iter(given)
-            for number, param in zip(group["params"], members, strict=True):
-                name = param.held.name
-                if number not in state:
-                    raise UsageError(f"{what}: the optimizer has no state of `{name}` (number {number})")
-                tensors = {m: state[number].get(m) for m in MOMENTS}
-                if param.dtype != "float32":
-                    tensors[MAIN] = next(main_of)
-                self._count(rank, state[number].get("step"))
-                for key, record in tensors.items():
-                    label = f"{key} of `{name}`"
-                    if not isinstance(record, TensorRecord):
-                        raise UsageError(f"{what}: there is no {label}")
-                    buckets.require_float32(record.storage.dtype, key, f"{what}: {label}")
-                    placed = self._placed(rank.file, rank.archive, record, param.held, label)
-                    self.parts.add(str(rank), param.held, rank.tp, key, "float32", placed)
-
-    def _count(self, rank: _Rank, step: Any) -> None:
-        """Take in a parameter's own step, a number or a tensor of one value."""
-        if isinstance(step, TensorRecord):
-            start = _start(rank.file, rank.archive, step, "`step`")
-            place = arrays.Place(rank.file, start, 0, 0, 1, 0, 1)
-            found = arrays.convert(self.files.view(place, step.storage.dtype), step.storage.dtype, "float64")
-            step = float(found[0, 0])
-        if isinstance(step, int | float):
-            self.steps.add(int(step))
-
-    def _distributed(
-        self,
-        rank: _Rank,
-        chains: Sequence[tuple[int, Sequence[_Param]]],
-        model: ModelConfig,
-        layout: Layout,
-        padded: int,
-        apart: bool,
-    ) -> None:
-        """State of the distributed optimizer: flat buffers in a file of their own."""
-        path = Path(rank.file).with_name(DISTRIBUTED)
-        if not path.is_file():
-            raise UsageError(
-                f"`{path}` is missing: it holds the optimizer state of the distributed optimizer",
-                "`--optimizer none` converts the weights alone",
-            )
-        file = os.fspath(path)
-        archive = self._archive(file)
-        stored = _chained(archive.value)
+        if not self.reading.optimizer:
+            self.left_out.append("optimizer state")
+            return None
         shapes = mapping.atom_shapes(model)
 
         @cache
@@ -569,37 +397,10 @@ class _Reader:
             shape = (padded - model.vocab_size, *shapes[atom][1:]) if pad else shapes[atom]
             return self.parts.array(MODEL, atom, shape, pad=pad)
 
-        for chain, params in chains:
-            entry = stored[chain] if chain < len(stored) else None
-            if entry is None:
-                if chain == 0 and rank.ep > 0:
-                    continue  # saved by the first expert rank
-                raise UsageError(f"`{file}` holds no state of optimizer {chain}")
-            if not isinstance(entry, Mapping):
-                raise UsageError(f"`{file}` does not hold a distributed optimizer's state")
-            if not entry.get("buckets_coalesced"):
-                raise UsageError(
-                    f"`{file}` was written by Megatron of before February 2024 (no `buckets_coalesced`): not supported"
-                )
-            dtypes = {p.held.key: p.dtype for p in params}
-            made = buckets.buffers(model, layout, [p.held for p in params], pp=rank.pp, dtype_of=dtypes.__getitem__)
-            numbers = sorted(k for k in entry if isinstance(k, int))
-            if len(numbers) != len(made):
-                raise UsageError(f"`{file}` has {len(numbers)} gradient buffers, the model on `{rank}` has {len(made)}")
-            for buffer, number in zip(made, numbers, strict=True):
-                what = f"`{file}`, buffer {number}"
-                flats = _flats(file, archive, entry[number], buffer, what)
-                self._note_gradients(entry[number])
-                for slot in buckets.search(buffer, flats, weights, self.files, what):
-                    for state, flat in flats.items():
-                        placed = [(a, p, q) for _, a, p, q in buckets.places([slot], 0, flat)]
-                        self.parts.add(str(rank), slot.held, rank.tp, state, flat.dtype, placed)
-
-    def _note_gradients(self, entry: Mapping[Any, Any]) -> None:
-        """Let the arguments say what dtype gradients had, where they do not."""
-        ((dtypes, _),) = entry.items()
-        if self.args.get("accumulate_allreduce_grads_in_fp32") is None and str(dtypes[0]) == "bfloat16":
-            self.args.setdefault("grad_reduce_in_bf16", str(dtypes[1]) == "bfloat16")
+        reader = OptimizerReader(self.opener, self.parts, model, layout, weights, self.args)
+        found = reader.read(ranks, params)
+        self.left_out += reader.left_out
+        return found
 
     # --- everything else ---
 
@@ -615,8 +416,8 @@ class _Reader:
                 self.left_out.append(f"`{key}`: {error}")
         return kept
 
-    def _note(self, ranks: Sequence[_Rank]) -> None:
-        random = sum(any(rank.archive.value.get(k) is not None for k in _RANDOM) for rank in ranks)
+    def _note(self, ranks: Sequence[Rank]) -> None:
+        random = sum(any(rank.opened.archive.value.get(k) is not None for k in _RANDOM) for rank in ranks)
         if random:
             self.left_out.append(f"random states of {random} ranks: they belong to the layout that saved them")
 
@@ -626,122 +427,6 @@ def _arguments(value: Mapping[str, Any]) -> dict[str, Any]:
     stated = value.get("args")
     given = stated if isinstance(stated, dict) else unpickle.fields(stated)
     return dict(unpickle.plain(given))
-
-
-def _chained(value: Any) -> list[Any]:
-    """State of one or of several optimizers as a list."""
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, dict) and value and all(isinstance(k, int) for k in value):
-        return [value[k] for k in sorted(value)]
-    return [value]
-
-
-def _start(file: str, archive: Archive, record: TensorRecord, what: str) -> int:
-    """Where a tensor's values start in a file [bytes].
-
-    Raises:
-        UsageError: they are not one after another, or lie outside their storage.
-    """
-    size = arrays.itemsize(record.storage.dtype)
-    stride, numel = 1, 1
-    for length, given in zip(reversed(record.size), reversed(record.stride), strict=True):
-        if length > 1 and given != stride:
-            raise UsageError(f"`{file}`: the values of {what} do not lie one after another, which is not supported")
-        stride *= length
-        numel *= length
-    stored = archive.storages.get(record.storage.key)
-    if stored is None:
-        raise UsageError(f"`{file}` is damaged: the values of {what} are not in it")
-    start = record.offset * size
-    if record.offset < 0 or start + numel * size > stored.length:
-        raise UsageError(
-            f"`{file}` is damaged: {what} needs {start + numel * size:,} bytes, its storage has {stored.length:,}"
-        )
-    return stored.start + start
-
-
-def _flats(file: str, archive: Archive, entry: Any, buffer: buckets.Buffer, what: str) -> dict[str, buckets.Flat]:
-    """The flat tensors of a buffer by state."""
-    if not isinstance(entry, dict) or len(entry) != 1:
-        raise UsageError(f"{what} has several dtypes, which is not supported")
-    ((dtypes, tensors),) = entry.items()
-    if str(dtypes[0]) != buffer.dtypes[0]:
-        raise UsageError(f"{what} is of {dtypes[0]} parameters, the model's are {buffer.dtypes[0]}")
-    flats = {}
-    for state, name in buckets.STATES.items():
-        record = tensors.get(name)
-        if not isinstance(record, TensorRecord) or len(record.size) != 1:
-            raise UsageError(f"{what}: `{name}` is not a flat tensor")
-        buckets.require_float32(record.storage.dtype, state, f"{what}: `{name}`")
-        numel = int(tensors.get("numel_unpadded", record.size[0]))
-        if record.size[0] < numel:
-            raise UsageError(f"{what}: `{name}` has {record.size[0]:,} values, `numel_unpadded` is {numel:,}")
-        start = _start(file, archive, record, f"`{name}`")
-        flats[state] = buckets.Flat("float32", numel, (buckets.Piece(0, numel, file, start),))
-    return flats
-
-
-def is_decayed(held: Held) -> bool:
-    """Whether Megatron applies weight decay to a parameter: neither to vectors nor to biases."""
-    return len(held.tensor.shape) > 1 and not held.key.endswith(".bias")
-
-
-def _members(
-    groups: Sequence[Any], state: Mapping[Any, Any], params: Sequence[_Param], what: str
-) -> list[list[_Param]]:
-    """Parameters of each group, in the order of registration.
-
-    Groups do not name them: what they are told apart by is in the groups (weight decay, experts, a learning rate of
-    their own for embeddings), and numbers and shapes of the states must agree.
-
-    Raises:
-        UsageError: they do not.
-    """
-
-    def decays(held: Held, norms: bool) -> bool:
-        return is_decayed(held) or (norms and "_layernorm." in held.key and "self_attention" in held.key)
-
-    def kind(group: Any) -> tuple[bool, bool, bool]:
-        given = group.get("wd_mult")
-        if given is None:
-            shapes = [_shape(state, number) for number in group["params"]]
-            decayed = any(len(shape) > 1 for shape in shapes)
-        else:
-            decayed = given != 0
-        return decayed, bool(group.get("is_expert_parallel")), bool(group.get("is_decoupled_lr"))
-
-    kinds = [kind(g) for g in groups]
-    experts, decoupled = any(k[1] for k in kinds), any(k[2] for k in kinds)
-
-    def divided(rule: int) -> list[list[_Param]]:
-        made: list[list[_Param]] = [[] for _ in groups]
-        for param in params:
-            held = param.held
-            edge = decoupled and held.key in (EMBEDDING, OUTPUT)
-            own = (decays(held, rule == 1) or rule == 2, experts and held.is_expert, edge)
-            if own in kinds:
-                made[kinds.index(own)].append(param)
-        return made
-
-    for rule in range(3):  # as Megatron does; with `apply_wd_to_qk_layernorm`; all parameters in one group
-        made = divided(rule)
-        if all(
-            [p.held.tensor.shape for p in members] == [_shape(state, n) for n in group["params"]]
-            for group, members in zip(groups, made, strict=True)
-        ):
-            return made
-    counts = ", ".join(str(len(g["params"])) for g in groups)
-    raise UsageError(
-        f"{what}: the optimizer's groups have {counts} parameters, the model's {len(params)} do not divide like that "
-        "by weight decay and shape"
-    )
-
-
-def _shape(state: Mapping[Any, Any], number: Any) -> tuple[int, ...]:
-    """Shape of a parameter as its first moment shows."""
-    moment = state.get(number, {}).get(MOMENTS[0])
-    return tuple(moment.size) if isinstance(moment, TensorRecord) else ()
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -18,7 +18,8 @@ from cpt.checkpoint import buckets, layouts, mapping, megatron_args, torch_zip
 from cpt.checkpoint.arrays import OutFile, Payload, Tensor, payload
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Content
 from cpt.checkpoint.formats import Output, Writing
-from cpt.checkpoint.formats.megatron import DISTRIBUTED, FILE, is_decayed, rank_folder
+from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, FILE, rank_folder
+from cpt.checkpoint.formats.megatron_optimizer import is_decayed
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import OUTPUT
 from cpt.checkpoint.torch_zip import Ref
@@ -26,8 +27,10 @@ from cpt.checkpoint.unpickle import Dtype
 
 VERSION = 3.0
 FORMS = ("plain", "dp_reshardable", "none")
-# Modules that have an entry `_extra_state` beside their parameters; None without FP8.
+# Modules that have an entry `_extra_state` beside their parameters; None without FP8. Those of Transformer Engine also
+# include norms of their own, and the core attention, which has no parameters.
 _EXTRA = ("linear_proj", "linear_qkv", "linear_fc1", "linear_fc2", "output_layer")
+_EXTRA_TE = (*_EXTRA, "q_layernorm", "k_layernorm", "pre_mlp_layernorm", "final_layernorm")
 # Arguments of the source that say how its ranks shared the layers; `to_args` says it in its own way.
 _RANKS = (
     "decoder_first_pipeline_num_layers",
@@ -194,8 +197,11 @@ class _Writer:
             state[h.name] = self._ref(storages, h, MODEL)
             module = h.name.rpartition(".")[0]
             following = held[i + 1].name.rpartition(".")[0] if i + 1 < len(held) else ""
-            if module != following and module.rpartition(".")[2] in _EXTRA:
+            parent, _, last = module.rpartition(".")
+            if module != following and last in (_EXTRA_TE if self.writing.spec == "te" else _EXTRA):
                 state[f"{module}._extra_state"] = None
+                if self.writing.spec == "te" and last == "linear_proj":
+                    state[f"{parent}.core_attention._extra_state"] = None
         if is_last and OUTPUT not in state:  # the tied output layer is there and has no weight of its own
             state["output_layer._extra_state"] = None
         return state

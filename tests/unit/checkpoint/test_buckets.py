@@ -135,7 +135,7 @@ def test_a_part_of_a_bucket_is_that_part_of_the_whole(first: int, length: int, s
     last = min(first + length, formed.unpadded[bucket])
     scratch = np.empty(1 << 16, np.uint8)
 
-    def made(**span: int) -> bytes:
+    def made(**span: Any) -> bytes:
         payload = buckets.payload(formed, bucket, MAIN, "flat", **span)
         return b"".join(b.tobytes() for b in blocks(payload, source, Files(), scratch))
 

@@ -1,0 +1,126 @@
+"""Rank files of Megatron's own folders: their names, and where the tensors in one lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.base.errors import UsageError
+from cpt.checkpoint import arrays, torch_zip
+from cpt.checkpoint.arrays import Files
+from cpt.checkpoint.content import Layout
+from cpt.checkpoint.copies import Placed
+from cpt.checkpoint.layouts import Held
+from cpt.checkpoint.torch_zip import Archive
+from cpt.checkpoint.unpickle import TensorRecord
+
+FILE, DISTRIBUTED = "model_optim_rng.pt", "distrib_optim.pt"
+
+
+def rank_folder(layout: Layout, tp: int, pp: int, ep: int) -> str:
+    """Name of a rank's folder."""
+    name = f"mp_rank_{tp:02d}"
+    name += f"_{pp:03d}" if layout.pp > 1 else ""
+    return name + (f"_{ep:03d}" if layout.ep > 1 else "")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that torch saved, opened."""
+
+    file: str
+    archive: Archive
+
+    def start(self, record: TensorRecord, what: str) -> int:
+        """Where a tensor's values start in a file [bytes].
+
+        Raises:
+            UsageError: they are not one after another, or lie outside their storage.
+        """
+        size = arrays.itemsize(record.storage.dtype)
+        stride, numel = 1, 1
+        for length, given in zip(reversed(record.size), reversed(record.stride), strict=True):
+            if length > 1 and given != stride:
+                raise UsageError(
+                    f"`{self.file}`: the values of {what} do not lie one after another, which is not supported"
+                )
+            stride *= length
+            numel *= length
+        stored = self.archive.storages.get(record.storage.key)
+        if stored is None:
+            raise UsageError(f"`{self.file}` is damaged: the values of {what} are not in it")
+        start = record.offset * size
+        end = start + numel * size
+        if record.offset < 0 or end > stored.length:
+            raise UsageError(f"`{self.file}` is damaged: {what} needs {end:,} bytes, its storage has {stored.length:,}")
+        return stored.start + start
+
+    def places(self, record: TensorRecord, held: Held, what: str) -> list[Placed]:
+        """Where the logical tensors of a parameter lie.
+
+        Raises:
+            UsageError: it has another shape, or as `start`.
+        """
+        if tuple(record.size) != held.tensor.shape:
+            raise UsageError(
+                f"`{self.file}`: {what} has shape {list(record.size)}, the model's tensor has {list(held.tensor.shape)}"
+            )
+        start = self.start(record, what)
+        columns = held.tensor.matrix[1]
+        return list(arrays.places(held.tensor.fills, self.file, start, columns, record.storage.dtype))
+
+
+class Folder:
+    """Opens the files of a folder and keeps the checksums that they carry."""
+
+    def __init__(self, path: Path, files: Files) -> None:
+        self.path, self.files = path, files
+        self.crc32: dict[str, tuple[tuple[int, int, int], ...]] = {}
+
+    def open(self, path: Path) -> Opened:
+        """A file that torch saved; its tensors are not read.
+
+        Raises:
+            UsageError: it is missing, damaged or no such file.
+        """
+        file = os.fspath(path)
+        data = self.files.map(file)
+        archive = torch_zip.read(data, 0, len(data), file)
+        self.crc32[file] = tuple(sorted((s.start, s.length, s.crc32) for s in archive.storages.values()))
+        return Opened(file, archive)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's file.
+
+    Args:
+        chunks: the tensors of the model by name, for each virtual pipeline chunk.
+    """
+
+    tp: int
+    pp: int
+    ep: int
+    opened: Opened
+    chunks: tuple[Mapping[str, TensorRecord], ...]
+
+    @property
+    def file(self) -> str:
+        return self.opened.file
+
+    def __str__(self) -> str:
+        return Path(self.file).parent.name
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter that a rank holds."""
+
+    held: Held
+    record: TensorRecord
+
+    @property
+    def dtype(self) -> str:
+        return self.record.storage.dtype
