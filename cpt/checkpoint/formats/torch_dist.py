@@ -447,6 +447,8 @@ class _Reader:
             if key not in self.source:
                 raise UsageError(f"`{self.folder}` has no tensor `{key}`{_near(key, self.source.tensors)}")
             stored = self.source.tensors[key]
+            if len(stored.shape) != 1:
+                raise UsageError(f"`{self.folder}`: `{key}` has shape {list(stored.shape)}, wanted one axis")
             pieces = tuple(
                 buckets.Piece(r.offset[0], r.size[0], self._file(r), self._located(r)) for r in stored.chunks
             )
