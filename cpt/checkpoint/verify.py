@@ -22,6 +22,7 @@ from cpt.checkpoint.formats import Reading
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
+_PAD = " (padding rows)"
 _READ = 1 << 20  # bytes summed at a time
 _BLOCK = 1 << 18  # values looked at together
 _TURN = 1 << 24  # values that a thread takes at a time
@@ -131,7 +132,7 @@ def _inspect_values(
     return replace(
         report,
         wrong=tuple(wrong),
-        odd=tuple(odd(seen)),
+        odd=tuple(odd({n: s for n, s in seen.items() if _PAD not in n})),  # padding is often zero
         unseen=tuple(_unseen(content, sums)),
         done=tuple(done),
         nbytes=summed + sum(s.numel * itemsize(s.dtype) for s in seen.values()),
@@ -286,7 +287,7 @@ def _look(
     atom, pad, begin, end = turn
     states = atom.pad if pad else atom.states
     rows, columns = as_matrix(next(iter(states.values())).shape)
-    names = {s: f"{atom.name}{' (padding rows)' if pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
+    names = {s: f"{atom.name}{_PAD if pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
     seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
     wrong: list[master.Wrong] = []
     compare = MAIN in states and MODEL in states and atom.name not in content.unrounded
@@ -307,8 +308,6 @@ def _look(
                 if len(at):
                     main = blocks[MAIN].reshape(shape)
                     wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
-    if pad:  # rows that nothing uses are often zero
-        seen = {name: s for name, s in seen.items() if not s.is_finite}
     return seen, master.together(wrong)
 
 
