@@ -2,7 +2,7 @@
 
 The converted files are loaded by megatron-core itself into its own `GPTModel` (local layer spec, fp32), set up from the
 arguments in the checkpoint, so that a table of names that is wrong in the same way in both directions shows. A model
-with a parallel residual, which megatron-core lacks, is computed by the engine of this project.
+that megatron-core cannot compute (parallel residual) is computed by the engine of this project.
 
 Shapes: B sequences, S positions, V vocabulary.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import StageFailed, UsageError
-from cpt.checkpoint import hf_config, torch_zip
+from cpt.checkpoint import hf_config, megatron_args, torch_zip
 from cpt.checkpoint.arrays import Files
+from cpt.checkpoint.content import Layout
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -91,13 +92,19 @@ def of_hugging_face(folder: Path, tokens_BS: Any) -> Logits:
 
 
 def arguments(folder: Path) -> dict[str, Any]:
-    """Megatron's arguments in a step's folder."""
+    """Megatron's arguments in a step's folder, complete."""
     files = [folder / "common.pt", *sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))]
     path = next((f for f in files if f.is_file()), None)
     if path is None:
         raise UsageError(f"`{folder}` is no checkpoint whose logits megatron-core computes")
     data = Files().map(str(path))
-    return dict(vars(torch_zip.read(data, 0, len(data), path).value["args"]))
+    stated = dict(vars(torch_zip.read(data, 0, len(data), path).value["args"]))
+    # What is not stated has Megatron's default, which the model that they describe tells in full.
+    model = megatron_args.to_model(stated, str(path))
+    layout = Layout(tp=int(stated.get("tensor_model_parallel_size") or 1))
+    padded = int(stated.get("padded_vocab_size") or model.vocab_size)
+    full = megatron_args.to_args(model, layout=layout, padded_vocab_size=padded, dtype="float32", spec="cpt")
+    return full | stated
 
 
 def of_megatron(folder: str, tokens_BS: Any) -> Logits | None:
@@ -106,7 +113,7 @@ def of_megatron(folder: str, tokens_BS: Any) -> Logits | None:
 
     args = arguments(Path(folder))
     with torch.no_grad():
-        if args.get("use_parallel_residual"):
+        if args.get("use_parallel_residual") or args.get("hf_rope_scaling"):
             return _of_engine(folder, tokens_BS)
         model = _stock(args)
         _load(model, Path(folder), args)

@@ -102,6 +102,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _BIASED | {"position_embedding": "learned", "gelu": True, "parallel_residual": False},
     "gpt_neox": _BIASED | {"position_embedding": "rope", "gelu": True},
 }
+# What Megatron's rotary scaling has built in.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Fields that change no tensor and no value that the model computes.
 _FREE = ("init_std", "hf_config", "family")
 
@@ -228,6 +230,8 @@ def to_args(
             "moe_layer_freq": [int(i not in dense) for i in range(model.num_layers)] if dense else 1,
             "moe_grouped_gemm": spec == "te",
         }
+    if kind == "llama3" and any(scaling[name] != fixed for name, fixed in _LLAMA3.items()):
+        made["hf_rope_scaling"] = dict(scaling)
     if model.family == "gpt_neox":
         made["use_parallel_residual"] = model.parallel_residual
     return made
@@ -285,19 +289,17 @@ def _pipeline(layout: Layout) -> str | None:
 
 def _inexpressible(model: ModelConfig, spec: str) -> list[str]:
     found = []
+    ours = "; `--spec cpt` writes it for the layers of this project"
     scaling = model.rope_scaling or {}
-    if scaling.get("rope_type") == "llama3":
-        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-        for name, value in fixed.items():
-            if scaling[name] != value:
-                found.append(f"Megatron cannot express `{name}: {scaling[name]}` of the rotary scaling: it has {value}")
-    elif scaling and scaling.get("rope_type") != "linear":
-        found.append(f"Megatron cannot express rotary scaling `{scaling.get('rope_type')}` here")
-    if model.parallel_residual and spec != "cpt":
-        found.append(
-            "Megatron's own layers cannot compute `use_parallel_residual: true`; "
-            "`--spec cpt` writes it for the layers of this project"
-        )
+    if spec != "cpt":
+        found += [
+            f"Megatron's own layers cannot compute `{name}: {scaling[name]}` of the rotary scaling, "
+            f"they have {fixed}{ours}"
+            for name, fixed in _LLAMA3.items()
+            if scaling.get("rope_type") == "llama3" and scaling[name] != fixed
+        ]
+        if model.parallel_residual:
+            found.append(f"Megatron's own layers cannot compute `use_parallel_residual: true`{ours}")
     if model.num_experts and model.moe_topk == 1 and model.moe_norm_topk:
         found.append("Megatron's router cannot make the weight of a single chosen expert 1 (`norm_topk_prob: true`)")
     return found
@@ -402,9 +404,10 @@ def _say_activation(args: Args, say: Any) -> None:
 
 def _say_scaling(args: Args, said: Mapping[str, _Said], say: Any) -> None:
     factor = args.get("rotary_seq_len_interpolation_factor")
-    if args.get("use_rope_scaling"):
-        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        found = {"rope_type": "llama3", "factor": float(args.get("rope_scaling_factor") or 8.0), **fixed}
+    if isinstance(args.get("hf_rope_scaling"), Mapping):
+        say("rope_scaling", "hf_rope_scaling", dict(args["hf_rope_scaling"]))
+    elif args.get("use_rope_scaling"):
+        found = {"rope_type": "llama3", "factor": float(args.get("rope_scaling_factor") or 8.0), **_LLAMA3}
         say("rope_scaling", "use_rope_scaling", found)
     elif factor is not None and factor != 1:
         say("rope_scaling", "rotary_seq_len_interpolation_factor", {"rope_type": "linear", "factor": float(factor)})

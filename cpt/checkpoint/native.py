@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import StageFailed, UsageError
-from cpt.checkpoint import main_weights, states, torch_dist
+from cpt.checkpoint import main_weights, megatron_args, states, torch_dist
 from cpt.checkpoint import manifest as manifests
+from cpt.checkpoint.content import Layout
 from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.ranks import Ranks, is_disk_full
 from cpt.checkpoint.torch_dist import Chunk, Folder
@@ -221,33 +222,19 @@ def versions() -> dict[str, str]:
 
 def _common(engine: Engine, progress: Progress) -> dict[str, Any]:
     """What Megatron itself looks for beside the tensors."""
-    model = engine.model
+    from cpt.engine import megatron
+
+    model, layout = engine.model, engine.parallel
+    layers = megatron.split_layers(model.num_layers, layout)
     args = Namespace(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        group_query_attention=model.num_query_groups != model.num_attention_heads,
-        kv_channels=model.head_dim,
-        vocab_size=model.vocab_size,
-        padded_vocab_size=engine.padded_vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
-        norm_epsilon=model.norm_eps,
-        normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
-        position_embedding_type="rope",
-        rotary_base=model.rope_theta,
-        rotary_percent=model.rotary_percent,
-        swiglu=model.activation == "swiglu",
-        untie_embeddings_and_output_weights=not model.tie_embeddings,
-        add_qkv_bias=model.qkv_bias,
-        add_bias_linear=model.linear_bias,
-        qk_layernorm=model.qk_norm,
-        tensor_model_parallel_size=engine.parallel.tp,
-        pipeline_model_parallel_size=engine.parallel.pp,
-        data_parallel_size=engine.parallel.dp,
-        bf16=engine.precision == "bf16",
-        iteration=progress.step,
+        **megatron_args.to_args(
+            model,
+            layout=Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp, dp=layout.dp, layers=layers),
+            padded_vocab_size=engine.padded_vocab_size,
+            dtype="bfloat16" if engine.precision == "bf16" else "float32",
+            iteration=progress.step,
+            spec="cpt",
+        )
     )
     common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": progress.step}
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}

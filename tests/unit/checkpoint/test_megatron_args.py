@@ -130,11 +130,13 @@ def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], mes
 
 
 @pytest.mark.parametrize("key", ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
-def test_a_llama3_scaling_that_megatron_does_not_have_is_refused(key: str) -> None:
+def test_a_llama3_scaling_that_megatron_does_not_have_is_for_our_layers_only(key: str) -> None:
     scaling: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 8192} | {key: 3}
+    model = dataclasses.replace(PLAIN, rope_scaling=scaling)
     with pytest.raises(UsageError, match=f"`{key}: 3`"):
-        args_of(dataclasses.replace(PLAIN, rope_scaling=scaling))
+        to_args(model, layout=Layout(), padded_vocab_size=512, dtype="float32")
+    assert to_model(args_of(model), "common.pt") == model
 
 
 def test_a_parallel_residual_is_refused_for_megatrons_own_layers() -> None:
