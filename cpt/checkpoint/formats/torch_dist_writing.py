@@ -82,6 +82,8 @@ def plan(content: Content, writing: Writing) -> Output:
         model, layout=layout, padded_vocab_size=padded, dtype=most, iteration=content.iteration, spec=writing.spec,
         vocabulary_multiple=writing.vocabulary_multiple or _multiple(content),
     )  # fmt: skip
+    if content.args is not None and not megatron_args.knows_vocab_size(content.args, model):
+        args["vocab_size"] = None  # nobody said how many rows are padding: that must not become a fact here
     chunks = list(_weights(content, tensors, dtypes, spec, stacked))
     objects: dict[str, Any] = dict.fromkeys(_extra_states(model, spec, stacked))
     if form == "dp_reshardable":
@@ -110,6 +112,7 @@ def plan(content: Content, writing: Writing) -> Output:
     return Output(
         files=files,
         finish=finish,
+        copies={name: path for name, path in content.files.items() if name != "config.json"},
         step_folder=f"iter_{content.iteration:07d}" if content.iteration else "release",
         dropped=tuple(_dropped(content, form, with_random=bool(random))),
         manifest=manifests.NAME,
@@ -441,9 +444,6 @@ def _random_states(content: Content, writing: Writing) -> list[bytes]:
 def _dropped(content: Content, form: str, *, with_random: bool) -> Iterator[str]:
     if content.has_optimizer and form == "none":
         yield "the optimizer's state, as asked"
-    others = [name for name in content.files if name != "config.json"]
-    if others:
-        yield f"{', '.join(f'`{n}`' for n in others)}: `torch_dist` has no place for files of a tokenizer"
     if RANDOM in content.objects and not with_random:
         tp, pp, dp, _ = content.objects[RANDOM]["layout"]
         yield f"random states: they belong to the layout tp {tp} × pp {pp} × dp {dp}"
