@@ -345,7 +345,11 @@ def _report(plan: Plan, report: Report) -> str:
         ("size", f"{show_bytes(report.bytes)} in {report.files:,} files, {report.tensors:,} tensors"),
         ("time", f"{_seconds(report.seconds)}, {report.rate / 1e6:,.0f} MB/s{went_on}"),
         ("memory", f"at most {show_bytes(report.peak_memory)} in a process of {report.workers}"),
-        *([("rounded", f"{report.rounded:,} values changed by another dtype")] if plan.options.get("dtype") else []),
+        *(
+            [("rounded", f"{report.rounded:,} values changed by another dtype")]
+            if report.rounded or plan.options.get("dtype")
+            else []
+        ),
         *_listed("dropped", report.dropped),
         ("checked", _checked(report)),
         ("id", report.id[:12]),
