@@ -69,20 +69,41 @@ class Record:
 
 
 class _Summing:
-    """A file that counts and sums what is written to it."""
+    """A file that counts and sums what is written to it, and remembers why it could not be."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position, self.crc = file, 0, 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.file.write(view)
+        try:
+            self.file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self.crc = zlib.crc32(view, self.crc)
         self.position += len(view)
         return len(view)
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def _save(value: Any, stream: Any) -> None:
+    """Append a file as torch.save writes it.
+
+    Raises:
+        OSError: as the disk says; torch closes its zip after a write that failed, and complains about that instead.
+    """
+    import torch
+
+    try:
+        torch.save(value, stream)
+    except RuntimeError:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
 
 
 def write_records(
@@ -93,8 +114,6 @@ def write_records(
     Raises:
         OSError: as the disk says.
     """
-    import torch
-
     records: list[Record] = []
     with open(folder / name, "wb") as file:
         stream: Any = _Summing(file)
@@ -104,13 +123,13 @@ def write_records(
             data = chunk.data.detach().to("cpu").reshape(chunk.size).contiguous()
             if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
                 data = data.clone()  # torch.save writes whole storages
-            torch.save(data, stream)
+            _save(data, stream)
             dtype = str(data.dtype).removeprefix("torch.")
             length = stream.position - start
             records.append(Record(chunk.key, chunk.shape, chunk.offset, chunk.size, dtype, name, start, length))
         for key, value in objects.items():
             start = stream.position
-            torch.save([value], stream)
+            _save([value], stream)
             records.append(Record(key, None, (), (), "", name, start, stream.position - start))
         file.flush()
         os.fsync(file.fileno())

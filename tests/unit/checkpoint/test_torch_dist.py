@@ -207,3 +207,22 @@ def test_rounding_compares_every_bit_that_matters() -> None:
     other = main.bfloat16()
     other[2] = 1 + 2**-7
     assert not main_weights.same_after_rounding(main, other)
+
+
+def test_a_file_that_cannot_grow_is_the_systems_error_wherever_it_ends(tmp_path: Path) -> None:
+    import resource
+
+    import torch
+
+    shapes = {"a": (3, 1100), "b": (7,)}
+    chunks = [Chunk(k, shape, (0,) * len(shape), shape, torch.ones(shape)) for k, shape in shapes.items()]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in range(0, 15_000, 331):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            with pytest.raises(OSError, match="File too large"):
+                torch_dist.write_records(tmp_path, "__0_0.distcp", chunks, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    torch_dist.write_records(tmp_path, "__0_0.distcp", chunks, {})
+    assert (tmp_path / "__0_0.distcp").stat().st_size > 15_000
