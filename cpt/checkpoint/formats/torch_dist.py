@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import arrays, buckets, hf_config, mapping, megatron_args, torch_zip, unpickle
+from cpt.checkpoint import arrays, buckets, hf_config, mapping, megatron_args, tokenizer_files, torch_zip, unpickle
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, crop, flat_segments, part, places
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
@@ -43,6 +43,7 @@ from cpt.checkpoint.torch_dist import COMMON, CONFIG, METADATA, Folder, Record, 
 from cpt.plan.types import ModelConfig, to_json
 
 STATES = {"param": MAIN, "fp32_param": MAIN, **{m: m for m in MOMENTS}}  # Megatron's name of a state: ours
+COMMON_OBJECT = "common_state/shard_0_1"  # what newer versions of megatron-core (0.19) have instead of `common.pt`
 MANIFEST = "cpt.manifest"  # object: what our manifest says beyond model, files and layout
 RANDOM = "cpt.rng"  # object: random states of each rank, base64, and the layout of the ranks
 RANK = "cpt.rng.rank_{:05d}"  # tensor: the same of one rank
@@ -91,7 +92,7 @@ class TorchDist(Format):
     @classmethod
     def facts(cls, folder: Path) -> Mapping[str, Any]:
         source = Folder(folder)
-        common = _common(folder)[0]
+        common = _common(source)[0]
         said = common.get("content_metadata")
         return {
             "optimizer": said.get("distrib_optim_sharding_type") if isinstance(said, dict) else None,
@@ -168,7 +169,7 @@ class _Reader:
         self.folder, self.reading = folder, reading
         self.source = Folder(folder)
         self.manifest = self._manifest()
-        self.common, self.left_out = _common(folder)
+        self.common, self.left_out = _common(self.source)
         self.args = _args(self.common.get("args"))
         self.crc32: dict[str, list[tuple[int, int, int]]] = {}
         self.found: dict[tuple[str, bool, str], list[Place]] = {}
@@ -218,7 +219,13 @@ class _Reader:
             layout=layout,
             left_out=tuple(self.left_out),
             crc32={file: tuple(sorted(sums)) for file, sums in self.crc32.items()},
+            files=self._beside(),
         )
+
+    def _beside(self) -> dict[str, Path]:
+        """The tokenizer's files, where the checkpoint has them or its run says where they are."""
+        tokenizer = tokenizer_files.of_checkpoint(self.folder)
+        return {} if tokenizer is None else tokenizer_files.named(tokenizer)
 
     def _manifest(self) -> Manifest | None:
         if not (self.folder / manifests.NAME).exists():
@@ -559,7 +566,7 @@ class _Reader:
         for key, record in self.source.objects.items():
             if "_extra_state" in key:
                 scales += record.length > _EXTRA_BYTES
-            elif not _FLAT.match(key) and not key.startswith(_RANDOM):
+            elif key != COMMON_OBJECT and not _FLAT.match(key) and not key.startswith(_RANDOM):
                 self.left_out.append(f"the object `{key}`")
         if scales:
             self.left_out.append(f"{scales} `_extra_state` objects of layers (scaling factors of FP8)")
@@ -642,18 +649,24 @@ def _near(name: str, known: Mapping[str, object]) -> str:
     return mapping.suggest(name, known)
 
 
-def _common(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What `common.pt` holds, tensors of one value as numbers; and an empty list of what is left out.
+def _common(source: Folder) -> tuple[dict[str, Any], list[str]]:
+    """What `common.pt`, or the object in its stead, holds, tensors of one value as numbers; and a list of what is
+    left out, empty so far.
 
     Raises:
         UsageError: it is missing or damaged.
     """
-    path = folder / COMMON
-    if not path.is_file():
+    path, record = source.path / COMMON, source.objects.get(COMMON_OBJECT)
+    if path.is_file():
+        record = None
+    elif record is None:
         raise UsageError(f"`{path}` is missing: the save never finished or the copy is incomplete")
-    data = path.read_bytes()
-    archive = torch_zip.read(data, 0, len(data), path)
-    if not isinstance(archive.value, dict):
+    else:
+        path = source.path / record.file
+    data = Files().map(os.fspath(path))
+    archive = torch_zip.read(data, *((record.start, record.length) if record else (0, len(data))), path)
+    value = archive.value[0] if record and isinstance(archive.value, list) and archive.value else archive.value
+    if not isinstance(value, dict):
         raise UsageError(f"`{path}` does not hold a Megatron checkpoint's common part")
 
     def numbers(value: Any) -> Any:
@@ -669,7 +682,7 @@ def _common(folder: Path) -> tuple[dict[str, Any], list[str]]:
             return type(value)(numbers(v) for v in value)
         return value
 
-    return numbers(archive.value), []
+    return numbers(value), []
 
 
 def _args(value: Any) -> dict[str, Any] | None:
