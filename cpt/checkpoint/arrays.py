@@ -371,6 +371,9 @@ def changed_by_rounding(values: Matrix, given: str, wanted: str) -> int:
     return int(np.count_nonzero((after != before) & ~((after != after) & (before != before))))
 
 
+_MOST_MAPS = 256  # each holds a file open, and systems allow 1,024 and more
+
+
 class Files:
     """Opens files as memory maps and reads rectangles out of them.
 
@@ -393,6 +396,8 @@ class Files:
             try:
                 with open(file, "rb") as f:
                     size = os.fstat(f.fileno()).st_size
+                    if len(self._maps) >= _MOST_MAPS:
+                        del self._maps[next(iter(self._maps))]
                     self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
             except OSError as error:
                 raise UsageError(f"`{file}` cannot be read: {error.strerror or error}") from None
