@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from cpt.base.errors import EnvironmentProblem, StageFailed, UsageError
-from cpt.checkpoint import hf_config, manifest
-from cpt.checkpoint.formats import Output, Reading, Writing
-from cpt.checkpoint.formats.hf import taken_along
-from cpt.checkpoint.writing import FileSums
+from cpt.checkpoint import hf_config, manifest, tokenizer_files
+from cpt.checkpoint.formats import Reading, Writing
 
 FILE_BYTES = 5 * 10**9
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_SETTINGS = "tokenizer_config.json"
 
 
 def to_hf(
@@ -48,34 +42,13 @@ def to_hf(
     if dtype == "auto":
         dtype = hf_config.source_dtype(manifest.read(checkpoint).model)
     writing = Writing(dtype=_DTYPES.get(dtype, dtype), optimizer="none", file_bytes=file_bytes)
-    made = plan(Request(source=Path(checkpoint), out=out, to="hf", reading=Reading(optimizer=False), writing=writing))
-    if tokenizer is not None:
-        made = dataclasses.replace(made, output=_with_tokenizer(made.output, Path(tokenizer)))
+    beside = tokenizer_files.named(Path(tokenizer)) if tokenizer is not None else {}
+    request = Request(
+        source=Path(checkpoint), out=out, to="hf", reading=Reading(optimizer=False), writing=writing, files=beside
+    )
     try:
-        convert(made, Running())
+        convert(plan(request), Running())
     except EnvironmentProblem as error:
         hint = "the checkpoint it is made from is untouched; make space, and the same command goes on"
         raise StageFailed(error.message, *(error.hints or (hint,))) from error
     return out
-
-
-def _with_tokenizer(output: Output, source: Path) -> Output:
-    """The folder with a tokenizer's files; a bare `tokenizer.json` gets the settings that `AutoTokenizer` asks for."""
-    origin = source if source.is_dir() else source.parent
-    if not (origin / "tokenizer.json").is_file() and not source.is_file():
-        raise UsageError(f"there is no `tokenizer.json` in `{origin}`")
-    copies = {name: path for name, path in taken_along(origin).items() if name != "config.json"}
-    if source.is_file():
-        copies["tokenizer.json"] = source
-    if _SETTINGS in copies:
-        try:
-            json.loads(copies[_SETTINGS].read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"`{copies[_SETTINGS]}` is not JSON") from None
-        return dataclasses.replace(output, copies={**output.copies, **copies})
-
-    def finish(sums: Mapping[str, FileSums]) -> dict[str, bytes]:
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        return {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(), **output.finish(sums)}
-
-    return dataclasses.replace(output, copies={**output.copies, **copies}, finish=finish)

@@ -173,7 +173,7 @@ def _content(path: Path) -> list[Any]:
 
 
 def _native(path: Path, text: str, at: int | str | None, cache: Path) -> Checkpoint:
-    from cpt.checkpoint import manifest, store
+    from cpt.checkpoint import manifest, store, tokenizer_files
 
     if isinstance(at, int):
         inside = [f / store.folder_name(at) for f in store.checkpoint_folders(path)]
@@ -200,7 +200,7 @@ def _native(path: Path, text: str, at: int | str | None, cache: Path) -> Checkpo
         path=folder,
         identity=facts.identity,
         model=facts.model,
-        tokenizer=_tokenizer_of_run(folder),
+        tokenizer=tokenizer_files.of_checkpoint(folder),
         tokenizer_hash=facts.origin.tokenizer_hash,
         holds=tuple(holds),
         lr=lr,
@@ -217,15 +217,3 @@ def _parent_lr(progress: dict[str, Any]) -> ParentLr | None:
     curve = said.get("lr")
     lr = from_json(Lr, curve) if isinstance(curve, dict) else None
     return ParentLr(last=float(said["last"]), run_step=int(progress.get("run_step", 0)), lr=lr)
-
-
-def _tokenizer_of_run(folder: Path) -> Path | None:
-    """The tokenizer that the run of a native checkpoint used: `runs/<run>/stages/<stage>/checkpoints/iter_*`."""
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    try:
-        run = folder.parents[3]
-        path = read_json(run / "prepared.json").get("tokenizer")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
-    return Path(path) if path and Path(path).is_file() else None

@@ -56,7 +56,7 @@ def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
     Raises:
         UsageError: there is no checkpoint, no tokenizer, or the tokenizer is another one.
     """
-    from cpt.checkpoint import manifest, store
+    from cpt.checkpoint import manifest, store, tokenizer_files
     from cpt.data.tokenizer import tokenizer_hash, tokenizer_json
 
     path = Path(path)
@@ -65,7 +65,7 @@ def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
         return Found(exported, "hf", tokenizer_json(tokenizer if tokenizer is not None else exported))
     folder = store.resolve(path)
     if tokenizer is None:
-        tokenizer = _tokenizer_of_run(folder)
+        tokenizer = tokenizer_files.of_checkpoint(folder)
     if tokenizer is None:
         raise UsageError(
             f"the tokenizer of `{folder}` is not known: its run folder is not around it", "give it with `--tokenizer`"
@@ -75,18 +75,6 @@ def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
     if wanted and tokenizer_hash(file) != wanted:
         raise UsageError(f"`{file}` is not the tokenizer that `{folder}` was trained with")
     return Found(folder, "native", file)
-
-
-def _tokenizer_of_run(folder: Path) -> Path | None:
-    """`runs/<run>/stages/<stage>/checkpoints/iter_*` → what the run recorded."""
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    try:
-        run = folder.resolve().parents[3]
-        path = read_json(run / "prepared.json")["tokenizer"]
-        return Path(path) if path and Path(path).is_file() else None
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
-        return None
 
 
 class Model:

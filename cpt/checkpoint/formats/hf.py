@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 from cpt.base.errors import UsageError
 from cpt.base.files import read_json
-from cpt.checkpoint import hf_config, mapping, megatron_args, torch_zip, unpickle
+from cpt.checkpoint import hf_config, mapping, megatron_args, tokenizer_files, torch_zip, unpickle
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, Fill, OutFile, Payload, Place, Tensor, as_matrix, payload
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
 from cpt.checkpoint.safetensors_files import INDEX, has_weights, named_in, read_headers
+from cpt.checkpoint.tokenizer_files import PLAIN_SETTINGS, SETTINGS, TOKENIZER
 from cpt.checkpoint.writing import FileSums
 from cpt.plan.types import ModelConfig
 
@@ -35,22 +36,6 @@ DTYPES = {
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# Files beside the weights that make up a tokenizer and its defaults.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _MOST_SHOWN = 10
 _BLOCK = 16 << 20  # [bytes]
 
@@ -120,6 +105,8 @@ class HuggingFace(Format):
                 where = {p.name: name for name, group in zip(names, groups, strict=True) for p in group}
                 total = sum(p.nbytes for p in payloads)
                 made[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+            if TOKENIZER in copies and SETTINGS not in copies:
+                made[SETTINGS] = PLAIN_SETTINGS
             return made | {"config.json": config}
 
         copies = {name: path for name, path in content.files.items() if name != "config.json"}
@@ -149,16 +136,10 @@ def opened(folder: Path, model: ModelConfig, *, untie: bool = False) -> Content:
         path=folder,
         model=model,
         atoms=atoms,
-        files=taken_along(folder),
+        files={"config.json": folder / "config.json", **tokenizer_files.in_folder(folder)},
         left_out=tuple(_left_out(found, model)),
         crc32=crc32,
     )
-
-
-def taken_along(folder: Path) -> dict[str, Path]:
-    """The files of a Hugging Face folder that go along with its weights, by name: configuration and tokenizer."""
-    names = ("config.json", *TOKENIZER_FILES, *sorted(p.name for p in folder.glob("*.tiktoken")))
-    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _stored(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, int, int], ...]]]:

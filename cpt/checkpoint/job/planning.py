@@ -32,6 +32,7 @@ class Request:
         out: the folder that is made.
         to: a format's name.
         step: which of several.
+        files: to take along, by name, besides those that lie beside the source's weights.
         pipeline_layout: `writing.layout.layers` as a person writes it, see `pipeline_layout`.
     """
 
@@ -41,6 +42,7 @@ class Request:
     reading: Reading = field(default_factory=Reading)
     writing: Writing = field(default_factory=Writing)
     step: int | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
     pipeline_layout: str | None = None
 
 
@@ -111,7 +113,7 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
         note(text)
     with_optimizer = request.reading.optimizer and request.writing.optimizer != "none"
     content = known[found.format].open(found.folder, dataclasses.replace(request.reading, optimizer=with_optimizer))
-    content = with_listed_sums(content)
+    content = with_listed_sums(dataclasses.replace(content, files={**content.files, **request.files}))
     _refuse_what_is_not_there(request, found, content)
     if request.pipeline_layout is not None:
         request = _with_layers(request, content.model.num_layers)
