@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +18,14 @@ from cpt.base.files import read_json
 from cpt.base.units import show_bytes
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, store
-from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix, itemsize
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.formats import Reading
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
 _PAD = " (padding rows)"
+_AHEAD = 16 << 20  # bytes that are asked for before they are needed
 _READ = 1 << 20  # bytes summed at a time
 _BLOCK = 1 << 18  # values looked at together
 _TURN = 1 << 24  # values that a thread takes at a time
@@ -177,6 +180,8 @@ class Sum:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start)
                 while left:
+                    if (self.length - left) % _AHEAD == 0:
+                        _ask_for(file.fileno(), self.start + self.length - left + _AHEAD, min(_AHEAD, left))
                     got = file.readinto(buffer[: min(_READ, left)])
                     if not got:
                         return f"`{self.file.name}` was cut off while it was read"
@@ -192,6 +197,13 @@ class Sum:
             f"`{self.file.name}` has other bytes than were written{where} "
             f"(checksum {crc:08x} instead of {self.crc32:08x})"
         )
+
+
+def _ask_for(descriptor: int, start: int, length: int) -> None:
+    """Let the system read a part of a file while the one before it is summed; where it can."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
 
 def file_sums(folder: Path) -> list[Sum]:
@@ -298,17 +310,27 @@ def _look(
             shape = (min(step, end - first), min(width, columns - left))
             blocks = {}
             for state, array in states.items():
-                block = np.empty(shape, CARRIERS[array.dtype])
-                files.read(array, first, left, block, array.dtype)
-                blocks[state] = block.reshape(-1)
+                blocks[state] = _block(files, array, first, left, shape)
                 seen[names[state]].add(blocks[state], first * columns + left)
-                watch(block.nbytes)
+                watch(blocks[state].nbytes)
             if compare:
                 at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
                 if len(at):
                     main = blocks[MAIN].reshape(shape)
                     wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
     return seen, master.together(wrong)
+
+
+def _block(files: Files, array: Array, row: int, column: int, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A rectangle of an array, flat; copied only where it does not lie in one piece."""
+    place = array.places[0] if len(array.places) == 1 else None
+    if place is not None and not place.transposed and (place.row, place.column) == (0, 0):
+        view = files.view(place, array.dtype)[row : row + shape[0], column : column + shape[1]]
+        if view.flags.c_contiguous:
+            return view.reshape(-1)
+    block = np.empty(shape, CARRIERS[array.dtype])
+    files.read(array, row, column, block, array.dtype)
+    return block.reshape(-1)
 
 
 def _joined(a: Seen, b: Seen) -> Seen:
