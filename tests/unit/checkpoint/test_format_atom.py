@@ -230,9 +230,8 @@ def header(change: Callable[[dict[str, Any]], None]) -> Change:
 
 
 def rename_key(value: dict[str, Any]) -> None:
-    value["model.norm.weighx#fp32" if "model.norm.weight#fp32" in value else "x" + next(iter(value))[1:]] = value.pop(
-        "model.norm.weight#fp32" if "model.norm.weight#fp32" in value else next(iter(value))
-    )
+    name = next(n for n in value if n.endswith("up_proj.weight#fp32"))
+    value[name.replace("up_proj", "up_proy")] = value.pop(name)
 
 
 def swap(value: dict[str, Any]) -> None:
@@ -244,8 +243,8 @@ def swap(value: dict[str, Any]) -> None:
 
 
 def overlap(value: dict[str, Any]) -> None:
-    names = [n for n in value if "up_proj" in n or "gate_proj" in n][:2]
-    value[names[0]]["data_offsets"] = value[names[1]]["data_offsets"]
+    offsets = next(v["data_offsets"] for v in value.values() if v.get("data_offsets", [0])[0] > 11_000)
+    offsets[:] = [offsets[0] - 4, offsets[1] - 4]
 
 
 def first(value: Any) -> Any:
@@ -281,7 +280,7 @@ def first(value: Any) -> Any:
         (edited(lambda m: first(m).update(pad_rows=4)), r"says float32 \[4, 16\]"),
         (edited(lambda m: m["model"].update(num_layers=10**9)), "fewer tensors than its model has layers"),
         (header(rename_key), "but it is not there"),
-        (header(overlap), "does not begin where the one before it ends"),
+        (header(overlap), "does not follow the tensor before it"),
     ],
 )
 def test_damage_is_named(change: Change, message: str, tmp_path: Path) -> None:
