@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpt.base.errors import UsageError
+from cpt.base.errors import StageFailed, UsageError
 from cpt.base.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
 from cpt.cli.flags import Json, note, result, result_json, talk, warning
 from cpt.cli.where import place
@@ -74,7 +74,12 @@ def command(
         ),
     ] = None,
     spec: Annotated[
-        str, typer.Option("--spec", metavar="local|te", help="Names of Megatron's own layers or of Transformer Engine.")
+        str,
+        typer.Option(
+            "--spec",
+            metavar="local|te|cpt",
+            help="Layers that will load it: Megatron's own, Transformer Engine's, or this project's.",
+        ),
     ] = "local",
     dtype: Annotated[
         str | None,
@@ -122,6 +127,10 @@ def command(
     verify: Annotated[
         str, typer.Option("--verify", metavar="usual|full", help="`full`: read everything again at the end.")
     ] = "usual",
+    logits: Annotated[
+        bool,
+        typer.Option("--logits", help="Compare what both compute, in transformers and megatron-core; needs memory."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and write nothing.")] = False,
     json: Json = False,
 ) -> int:
@@ -132,6 +141,7 @@ def command(
     from cpt.checkpoint.formats import OPTIMIZER_FORMS, Reading, Writing
     from cpt.checkpoint.job import planning
     from cpt.checkpoint.job.planning import Request, Running
+    from cpt.checkpoint.layouts import SPECS
 
     if to is None:
         raise UsageError("`--to` is missing: what OUT is to be", "`--to hf`, `torch_dist`, `megatron` or `atom`")
@@ -142,7 +152,7 @@ def command(
     writing = Writing(
         layout=_layout(tp, pp, ep, etp, vp, dp, bucket_size),
         optimizer=None if optimizer is None else _one_of("--optimizer", optimizer, OPTIMIZER_FORMS),
-        spec=_one_of("--spec", spec, ("local", "te")),
+        spec=_one_of("--spec", spec, SPECS),
         dtype=None if dtype is None else _dtype(dtype),
         keep_padding=keep_padding,
         from_master=from_master,
@@ -161,15 +171,43 @@ def command(
         step=None if step is None else parse_count(step),
     )
     plan = planning.plan(request, note)
+    sides = _sides(plan) if logits else None
     if dry_run:
         return _show(plan, json)
     running = Running(
         workers=workers or _cores(), block=size, allow_nonfinite=allow_nonfinite, recheck=recheck, verify=full
     )
-    return _convert(plan, running, json)
+    return _convert(plan, running, json, sides)
 
 
-def _convert(plan: Plan, running: Any, json: bool) -> int:
+def _sides(plan: Plan) -> tuple[Path, Path]:
+    """(Hugging Face folder, the other one) of a conversion whose logits are to be compared."""
+    made = plan.request.out / plan.output.step_folder
+    known = ("torch_dist", "megatron", "hf")
+    if plan.found.format == "hf" and plan.request.to in known:
+        return plan.found.folder, made
+    if plan.request.to == "hf" and plan.found.format in known:
+        return made, plan.found.folder
+    raise UsageError(
+        f"`--logits` cannot compare `{plan.found.format}` with `{plan.request.to}`",
+        "one of both is to be `hf`, the other `torch_dist`, `megatron` or `hf`",
+    )
+
+
+def _compare(sides: tuple[Path, Path]) -> float:
+    """The largest relative difference of logits; an error if it is too large."""
+    from cpt.checkpoint import logits
+
+    worst = logits.compare(*sides)
+    if not worst <= logits.BOUND:
+        raise StageFailed(
+            f"`{sides[0]}` and `{sides[1]}` do not compute the same: logits differ by {worst:.2g} of the largest, "
+            f"at most {logits.BOUND:g} is rounding"
+        )
+    return worst
+
+
+def _convert(plan: Plan, running: Any, json: bool, sides: tuple[Path, Path] | None) -> int:
     from cpt.checkpoint.job.convert import convert
 
     progress = _Progress(json)
@@ -177,12 +215,15 @@ def _convert(plan: Plan, running: Any, json: bool) -> int:
         report = convert(plan, running, progress, shlex.join(["cpt", *sys.argv[1:]]))
     finally:
         progress.clear()
+    worst = _compare(sides) if sides else None
     if json:
-        result_json(report.to_json())
+        result_json(report.to_json() | ({} if worst is None else {"logits": worst}))
     elif report.done_before:
         result(f"{report.folder} holds this conversion already (id {report.id[:12]}); nothing to do")
     else:
         result(_report(plan, report))
+    if worst is not None and not json:
+        result(f"logits     differ by {worst:.2g} of the largest, in fp32")
     return 0
 
 

@@ -44,7 +44,8 @@ class Writing:
     Args:
         layout: of Megatron ranks; where the files do not depend on it, it decides the vocabulary's padding only.
         optimizer: one of `OPTIMIZER_FORMS`; None = the format's own where the content has optimizer state.
-        spec: names of Transformer Engine (`te`) or of Megatron's own layers (`local`).
+        spec: whose layers load it: Transformer Engine's (`te`), Megatron's own (`local`), or this project's (`cpt`),
+            which are named as Megatron's and compute more.
         dtype: of the model's weights, as torch spells it; None = as they are.
         keep_padding: write padding rows of the vocabulary into a Hugging Face folder too.
         vocabulary_multiple: Megatron's `make_vocab_size_divisible_by`; None = rows of the vocabulary as the source has
