@@ -60,7 +60,7 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
 
 def make_native(conversion: Conversion, folder: Path, workers: int, report: Callable[..., None]) -> None:
     """Convert a checkpoint of another format into a folder of steps of ours; nothing to do where that is there."""
-    from cpt.checkpoint.formats import Reading
+    from cpt.checkpoint.formats import Reading, Writing
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Request, Running
     from cpt.checkpoint.job.planning import plan as plan_conversion
@@ -70,7 +70,13 @@ def make_native(conversion: Conversion, folder: Path, workers: int, report: Call
     start = time.monotonic()
     report("note", text=f"converting `{conversion.source}` ({conversion.shown}) to a native checkpoint")
     config = None if conversion.config is None else Path(conversion.config)
-    request = Request(source=Path(conversion.source), out=folder, to="torch_dist", reading=Reading(config=config))
+    request = Request(
+        source=Path(conversion.source),
+        out=folder,
+        to="torch_dist",
+        reading=Reading(config=config),
+        writing=Writing(spec="cpt"),  # our own layers are to load it
+    )
     done = convert(plan_conversion(request), Running(workers=workers), command="cpt run")
     seconds = show_duration(time.monotonic() - start)
     report("note", text=f"converted `{conversion.source}`: {show_bytes(done.bytes)} in {seconds}")
