@@ -146,7 +146,7 @@ def groups(
     *,
     spec: str,
     dtype_of: Callable[[str], str],
-    grad_dtype: str | None = None,
+    grad_dtype: Callable[[str], str] | None = None,
     pad_rows: int | None = None,
 ) -> list[Group]:
     """Every model-parallel group of a model's optimizers with its buffers.
@@ -154,7 +154,7 @@ def groups(
     Args:
         spec: layer spec; it decides the order of registration.
         dtype_of: dtype of a Megatron tensor of the model by its canonical key.
-        grad_dtype: of gradients; None = that of the parameters.
+        grad_dtype: of gradients by the dtype of their parameters; None = the same.
         pad_rows: padding rows of the vocabulary that are there to be taken (see `mapping.megatron_tensors`).
     """
     experts_apart = bool(model.num_experts) and layout.ep > 1
@@ -185,7 +185,7 @@ def buffers(
     *,
     pp: int,
     dtype_of: Callable[[str], str],
-    grad_dtype: str | None = None,
+    grad_dtype: Callable[[str], str] | None = None,
 ) -> list[Buffer]:
     """A rank's parameters of one optimizer, given in order of registration, as buffers."""
     by_kind: dict[tuple[int, str], list[Held]] = {}
@@ -194,17 +194,26 @@ def buffers(
     alone = frozenset({EMBEDDING} if model.tie_embeddings and layout.pp > 1 else ())
     ordered = sorted(by_kind.items(), key=lambda item: item[0][0])  # chunk by chunk, dtypes as they were met
     return [
-        Buffer(i, (dtype, grad_dtype or dtype), tuple(params), alone, bucketed=pp == 0 and chunk == 0)
+        Buffer(
+            i,
+            (dtype, grad_dtype(dtype) if grad_dtype else dtype),
+            tuple(params),
+            alone,
+            bucketed=pp == 0 and chunk == 0,
+        )
         for i, ((chunk, dtype), params) in enumerate(ordered)
     ]
 
 
-def grad_dtype(args: Mapping[str, object], dtype: str) -> str:
+def grad_dtype(args: Mapping[str, object], dtype: str, known: Mapping[str, str] | None = None) -> str:
     """Dtype of gradients by Megatron's arguments: float32 for 16-bit parameters unless they say otherwise.
 
     Args:
         dtype: of the parameters.
+        known: dtypes that the source's own buffers are named after (`Optimizer.gradients`); they come before arguments.
     """
+    if known and dtype in known:
+        return known[dtype]
     said = args.get("accumulate_allreduce_grads_in_fp32")
     if said is None:
         said = not args.get("grad_reduce_in_bf16")

@@ -72,11 +72,13 @@ class Optimizer:
         step: updates made.
         groups: hyperparameters of each parameter group, plain values, without parameters and step.
         form: how it was stored (`fully_reshardable`, `dp_reshardable`, ...); None where the format has one only.
+        gradients: dtype of gradients by dtype of parameters, where flat buffers are named after both.
     """
 
     step: int
     groups: tuple[Mapping[str, Any], ...] = ()
     form: str | None = None
+    gradients: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

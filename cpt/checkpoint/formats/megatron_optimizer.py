@@ -46,6 +46,7 @@ class OptimizerReader:
         self.weights, self.args = weights, args
         self.apart = layout.ep > 1 and model.num_experts > 0
         self.steps: set[int] = set()
+        self.gradients: dict[str, str] = {}
         self.groups: tuple[Mapping[str, Any], ...] = ()
         self.left_out: list[str] = []
 
@@ -96,7 +97,7 @@ class OptimizerReader:
             raise UsageError(
                 f"`{self.folder.path}`: the optimizer's states do not say one count of updates, but {said}"
             )
-        return Optimizer(step=next(iter(self.steps)), groups=self.groups, form=form)
+        return Optimizer(step=next(iter(self.steps)), groups=self.groups, form=form, gradients=self.gradients)
 
     def _note_groups(self, groups: Sequence[Any]) -> list[Mapping[str, Any]]:
         found = []
@@ -198,8 +199,9 @@ class OptimizerReader:
                         self.parts.add(str(rank), slot.held, rank.tp, state, flat.dtype, placed)
 
     def _note_gradients(self, entry: Mapping[Any, Any]) -> None:
-        """Let the arguments say what dtype gradients had, where they do not."""
+        """Keep what dtype gradients had, and let the arguments say it too, where they do not."""
         ((dtypes, _),) = entry.items()
+        self.gradients.setdefault(str(dtypes[0]), str(dtypes[1]))
         if self.args.get("accumulate_allreduce_grads_in_fp32") is None and str(dtypes[0]) == "bfloat16":
             self.args.setdefault("grad_reduce_in_bf16", str(dtypes[1]) == "bfloat16")
 

@@ -247,7 +247,8 @@ class _Writer:
         made = buckets.buffers(self.model, self.layout, held, pp=pp, dtype_of=self.dtype_of_key.__getitem__)
         for buffer in made:
             param = buffer.dtypes[0]
-            grad = buckets.grad_dtype(vars(self.args), param)
+            known = self.content.optimizer.gradients if self.content.optimizer else {}
+            grad = buckets.grad_dtype(vars(self.args), param, known)
             formed = buckets.joined(buckets.form(buffer, self.layout.bucket_numel, self.layout.dp))
             tensors: dict[str, Any] = {}
             for ours, name in buckets.STATES.items():

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +51,7 @@ _MOST_RANDOM = 8 << 20  # of them are carried along [bytes]
 _CHAINED = r"(?:chained_\d+\.)?"
 _STATE = re.compile(_CHAINED + r"optimizer\.state\.(\w+)\.(.+)")
 _FLAT = re.compile(_CHAINED + r"optimizer\.distributed\.")
+_FLAT_DTYPES = re.compile(r"\.dtype_\(torch\.(\w+), torch\.(\w+)\)\.")  # of parameters and of gradients
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(.+)")
 _HALF = re.compile(r"(.+linear_fc1\.(?:weight|bias))_([wv])")
@@ -394,7 +395,7 @@ class _Reader:
         if self.manifest is not None and self.manifest.optimizer is not None:
             said = self.manifest.optimizer
             groups = tuple(dict(g) for g in said.get("groups", ()))
-            return Optimizer(step=int(said["step"]), groups=groups, form=self._form(flat))
+            return Optimizer(step=int(said["step"]), groups=groups, form=self._form(flat), gradients=_gradients(flat))
         value = self.common.get("optimizer")
         dicts: list[Any] = [value]
         if isinstance(value, dict) and value and all(isinstance(k, int) for k in value):
@@ -405,7 +406,7 @@ class _Reader:
         found, steps = _groups(dicts)
         if not steps:
             raise UsageError(f"`{self.folder / COMMON}` does not say how many updates the optimizer made")
-        return Optimizer(step=max(steps), groups=tuple(found), form=self._form(flat))
+        return Optimizer(step=max(steps), groups=tuple(found), form=self._form(flat), gradients=_gradients(flat))
 
     def _form(self, flat: Sequence[str]) -> str:
         """How the optimizer's state is stored."""
@@ -638,6 +639,14 @@ def _shapes(model: ModelConfig, padded: int) -> dict[tuple[str, bool], tuple[int
                     if f.pad and f.atom:
                         shapes[f.atom, True] = (f.rows, f.columns)
     return shapes
+
+
+def _gradients(flat: Iterable[str]) -> dict[str, str]:
+    """Dtype of gradients by dtype of parameters, as the keys of flat buffers say; the first key of several counts."""
+    found: dict[str, str] = {}
+    for match in filter(None, map(_FLAT_DTYPES.search, flat)):
+        found.setdefault(match[1], match[2])
+    return found
 
 
 def _corner(offset: Sequence[int]) -> tuple[int, int]:

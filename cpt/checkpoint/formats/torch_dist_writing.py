@@ -87,10 +87,12 @@ def plan(content: Content, writing: Writing) -> Output:
     chunks = list(_weights(content, tensors, dtypes, spec, stacked))
     objects: dict[str, Any] = dict.fromkeys(_extra_states(model, spec, stacked))
     if form == "dp_reshardable":
-        grad = "float32" if most == "float32" or not (content.args or {}).get("grad_reduce_in_bf16") else "bfloat16"
+        assert content.optimizer is not None
+        known = content.optimizer.gradients
         groups = buckets.groups(
-            model, layout, padded, spec=spec, grad_dtype=grad, pad_rows=content.pad_rows,
+            model, layout, padded, spec=spec, pad_rows=content.pad_rows,
             dtype_of=lambda key: dtypes[_atom(tensors[key])],
+            grad_dtype=lambda dtype: buckets.grad_dtype(content.args or {}, dtype, known),
         )  # fmt: skip
         found, said = _flat(content, groups, writing)
         chunks += found

@@ -254,7 +254,9 @@ def test_sixteen_bit_state_is_refused_by_name(dtype: str, state: str, said: str)
 
 def test_groups_are_numbered_as_megatron_numbers_them() -> None:
     layout = Layout(tp=2, pp=3, ep=4, dp=4)
-    made = buckets.groups(MOE, layout, 48, spec="local", dtype_of=lambda key: "bfloat16", grad_dtype="float32")
+    made = buckets.groups(
+        MOE, layout, 48, spec="local", dtype_of=lambda key: "bfloat16", grad_dtype=lambda dtype: "float32"
+    )
     dense, experts = [g for g in made if g.chain == 0], [g for g in made if g.chain == 1]
     assert [(g.index, g.tp, g.pp) for g in dense] == [(pp * 2 + tp, tp, pp) for pp in range(3) for tp in range(2)]
     assert [(g.index, g.tp, g.ep, g.pp, g.dp) for g in experts] == [

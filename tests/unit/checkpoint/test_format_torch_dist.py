@@ -152,8 +152,9 @@ def test_a_golden_written_in_any_form_is_the_same_and_named_as_megatron_names_it
 def test_dp_reshardable_at_the_goldens_own_layout_is_megatrons_own_to_the_bit(tmp_path: Path) -> None:
     name = "td_dp_reshardable_dp2"
     content = golden(name)
-    grads = dataclasses.replace(content, args={**(content.args or {}), "grad_reduce_in_bf16": True})
-    convert(grads, tmp_path, Writing(optimizer="dp_reshardable", layout=Layout(dp=2, bucket_numel=1500)))
+    assert content.optimizer is not None and content.optimizer.gradients == {"bfloat16": "bfloat16"}
+    assert content.args is not None and "grad_reduce_in_bf16" not in content.args, "the keys alone say it"
+    convert(content, tmp_path, Writing(optimizer="dp_reshardable", layout=Layout(dp=2, bucket_numel=1500)))
     ours = Folder(tmp_path / "iter_0000007")
     theirs = Folder(shared_data("ckpt", "mcore-goldens", name, "iter_0000007"))
     assert set(ours.tensors) == set(theirs.tensors) and set(ours.objects) == set(theirs.objects)
@@ -161,6 +162,36 @@ def test_dp_reshardable_at_the_goldens_own_layout_is_megatrons_own_to_the_bit(tm
         if key.startswith("optimizer.") and "bucket_idx" in key:
             ends = theirs.tensors[key].shape
             assert ours.tensors[key].shape == ends, key
+
+
+@pytest.mark.parametrize(
+    ("args", "known", "wanted"),
+    [
+        ({}, {}, "float32"),
+        ({"grad_reduce_in_bf16": True}, {}, "bfloat16"),
+        ({"grad_reduce_in_bf16": True, "accumulate_allreduce_grads_in_fp32": True}, {}, "float32"),
+        ({"accumulate_allreduce_grads_in_fp32": False}, {}, "bfloat16"),
+        ({"grad_reduce_in_bf16": True}, {"bfloat16": "float32"}, "float32"),
+        ({"accumulate_allreduce_grads_in_fp32": True}, {"bfloat16": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_flat_buffers_are_named_after_the_gradients_of_the_source_else_of_the_arguments(
+    args: dict[str, Any], known: dict[str, str], wanted: str, tmp_path: Path
+) -> None:
+    content = made_checkpoints.content(tmp_path / "made", LLAMA)
+    assert content.optimizer is not None
+    content = dataclasses.replace(
+        content,
+        args={**(content.args or {}), **args},
+        optimizer=dataclasses.replace(content.optimizer, gradients=known),
+    )
+    form = Writing(optimizer="dp_reshardable", layout=Layout(tp=2, dp=2))
+    again = convert(content, tmp_path / "td", form)
+    assert again.optimizer is not None and again.optimizer.gradients == {"bfloat16": wanted}
+    flat = [k for k in Folder(again.path) if "gbuf_idx" in k]
+    assert flat and all(f".dtype_(torch.bfloat16, torch.{wanted})." in k for k in flat)
+    as_fp32 = convert(again, tmp_path / "fp32", dataclasses.replace(form, dtype="float32"))
+    assert as_fp32.optimizer is not None and as_fp32.optimizer.gradients == {"float32": "float32"}
 
 
 # Any model, any layout
