@@ -17,6 +17,7 @@ from cpt.plan.types import ModelConfig
 MODEL, MAIN = "model", "fp32"  # the weight the model computes with; its unrounded fp32 twin of the optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER = (MAIN, *MOMENTS)
+LEFT_OPTIMIZER = "optimizer state"  # in `Content.left_out`: it is there and was not to be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,8 @@ class Content:
         layout: of the ranks that wrote it, where the format shows it.
         unrounded: atoms whose `model` is declared not to be `fp32` rounded (stochastic rounding, FP8); both are kept.
         id: of an atom checkpoint, the same for equal training states.
-        left_out: one line for each thing that the format holds and this content does not.
+        left_out: one line for each thing that the format holds and this content does not; `LEFT_OPTIMIZER` where
+            there is optimizer state that was not to be read.
         crc32: checksums that the format itself carries, by file as places name it: [(start, length, crc32)] of stored
             bytes.
     """

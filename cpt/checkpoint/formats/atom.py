@@ -28,7 +28,7 @@ from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, hash_text, read_json
 from cpt.checkpoint import hf_config, mapping
 from cpt.checkpoint.arrays import Array, Fill, Payload, Place, Segment, as_matrix, itemsize
-from cpt.checkpoint.content import MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
+from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
 from cpt.checkpoint.formats.hf import DTYPES, safetensors
 from cpt.checkpoint.safetensors_files import Place as Header
@@ -419,6 +419,7 @@ class _Folder:
             files=beside,
             unrounded=frozenset(both),
             id=manifest["id"],
+            left_out=(LEFT_OPTIMIZER,) if step is not None and not with_optimizer else (),
             crc32={file: tuple(sorted(found)) for file, found in crcs.items()},
         )
 

@@ -34,7 +34,7 @@ from cpt.checkpoint.arrays import (
     places,
     why_not_tiled,
 )
-from cpt.checkpoint.content import MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
+from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
 from cpt.checkpoint.copies import differences
 from cpt.checkpoint.formats import FORMATS, Format, Reading
 from cpt.checkpoint.unpickle import TensorRecord
@@ -141,7 +141,7 @@ class _Folder:
                 pad={s: a for s, a in found.get((name, True), {}).items() if s in kept},
             )
         if not self.reading.optimizer:
-            self.left_out.append("optimizer state")
+            self.left_out.append(LEFT_OPTIMIZER)
         return Content(
             format=DeepSpeedUniversal.name,
             path=self.folder,

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from cpt.base.errors import UsageError
 from cpt.checkpoint import arrays, layouts, mapping, megatron_args, unpickle
 from cpt.checkpoint.arrays import Array, Files
-from cpt.checkpoint.content import MAIN, MODEL, OPTIMIZER, Atom, Content, Layout, Optimizer
+from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
 from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, FILE, Folder, Param, Rank, rank_folder
@@ -388,7 +388,7 @@ class _Reader:
         if not any(rank.opened.archive.value.get("optimizer") is not None for rank in ranks):
             return None
         if not self.reading.optimizer:
-            self.left_out.append("optimizer state")
+            self.left_out.append(LEFT_OPTIMIZER)
             return None
         shapes = mapping.atom_shapes(model)
 

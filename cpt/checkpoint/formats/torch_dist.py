@@ -34,7 +34,7 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint import arrays, buckets, hf_config, mapping, megatron_args, tokenizer_files, torch_zip, unpickle
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, crop, flat_segments, part, places
-from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
+from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
 from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
 from cpt.checkpoint.manifest import Manifest, Origin
@@ -182,12 +182,12 @@ class _Reader:
         model = self._model()
         padded = self._rows(model)
         expected = mapping.megatron_tensors(model, padded)
-        flat, unknown = [], []
+        flat, unknown, left = [], [], False
         for key, tensor in self.source.tensors.items():
             if key.startswith(("cpt.", "rng_state")) or key.endswith("_extra_state"):
                 continue
-            is_optimizer = "optimizer." in key
-            if is_optimizer and not self.reading.optimizer:
+            if "optimizer." in key and not self.reading.optimizer:
+                left = True
                 continue
             if _FLAT.match(key):
                 flat.append(key)
@@ -197,6 +197,7 @@ class _Reader:
                 unknown.append(key)
         if unknown:
             raise self._unknown(unknown, model, expected)
+        self.left_out += [LEFT_OPTIMIZER] if left else []
         optimizer = self._optimizer(flat) if self.reading.optimizer else None
         layout = self._layout(model)
         parts = self._flat_parts(model, layout, padded, expected) if flat and optimizer else None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cpt import __version__
+from cpt.checkpoint.content import LEFT_OPTIMIZER
 from cpt.checkpoint.job.look import Facts, Finding, findings
 from cpt.checkpoint.job.place import KEY
 from cpt.checkpoint.job.planning import VERSION, Plan
@@ -88,9 +89,9 @@ class Report:
 
 def dropped(plan: Plan) -> tuple[str, ...]:
     """What of the source is not in the folder, each once."""
-    asked = plan.request.writing.optimizer == "none" and plan.found.format != "hf"
-    chosen = ("optimizer state, as asked",) if asked else ()
-    return tuple(dict.fromkeys((*plan.content.left_out, *chosen, *plan.output.dropped)))
+    asked = plan.request.writing.optimizer == "none"
+    left = (f"{text}, as asked" if asked and text == LEFT_OPTIMIZER else text for text in plan.content.left_out)
+    return tuple(dict.fromkeys((*left, *plan.output.dropped)))
 
 
 def record(plan: Plan, facts: Facts, *, checksums: int, compared: bool) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from cpt.checkpoint.job.convert import convert
 from cpt.checkpoint.job.crew import Stop, Stopped, Told, share_out
 from cpt.checkpoint.job.journal import open_journal
 from cpt.checkpoint.job.planning import Plan, Request, Running, plan
-from cpt.checkpoint.job.record import with_record
+from cpt.checkpoint.job.record import dropped, with_record
 from cpt.checkpoint.job.work import CHECK, WRITE, Task
+from tests import made_checkpoints
 from tests.checkpoints import PLAIN, write_hf
+from tests.made_checkpoints import LLAMA
 
 
 @pytest.fixture
@@ -50,6 +52,17 @@ def test_a_source_that_changes_while_it_is_read_is_refused(planned: Plan, tmp_pa
     with pytest.raises(UsageError, match="has changed while it was read"):
         convert(planned, Running(), change)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("name", ["torch_dist", "megatron", "atom", "hf"])
+def test_optimizer_state_is_dropped_as_asked_only_where_there_is_some(name: str, tmp_path: Path) -> None:
+    writing = Writing(optimizer="none")
+    for there in (True, False):
+        content = made_checkpoints.content(tmp_path / f"made_{there}", LLAMA, padded=None, optimizer=there)
+        given = made_checkpoints.write(content, name, tmp_path / f"in_{there}")
+        request = Request(source=given, out=tmp_path / f"out_{there}", to="atom", writing=writing)
+        lines = [line for line in dropped(plan(request)) if "optimizer" in line]
+        assert lines == (["optimizer state, as asked"] if there and name != "hf" else [])
 
 
 def test_an_error_that_is_nobodys_fault_keeps_what_is_finished(planned: Plan, tmp_path: Path) -> None:
