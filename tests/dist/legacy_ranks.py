@@ -6,7 +6,6 @@ Apart from the tests because ranks must not import what only the tests need.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,9 +339,6 @@ class Stock:
         state = self.sharded(False)
         state |= {"args": arguments(self.case), "checkpoint_version": 3.0, "iteration": STEPS}
         dist_checkpointing.save(state, str(folder), content_metadata=METADATA)
-        for child in multiprocessing.active_children():  # megatron-core's managers would outlive the rank
-            child.kill()
-            child.join()
 
     def load_sharded(self, folder: Path) -> None:
         import torch

@@ -7,20 +7,24 @@ ranks are forked from, so that four ranks start in about a second.
 gives the list of what `function(*args)` returned on each rank. The function lives at the top level of a module that can
 be imported, arguments and results can be pickled. Every call forks fresh ranks: nothing leaks from test to test, and
 every call may have another layout. When a rank fails, the others are ended and `RankFailed` shows its traceback.
+No process is left: ranks end their children, and all of them die with the process that called, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.managers
 import os
 import pickle
 import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -113,10 +117,41 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def _die_with_caller() -> None:
+    """End this rank when the process that called `run_ranks` ends.
+
+    The kernel's own signal comes from the server that ranks are forked from, and that lives as long as any rank does.
+    """
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([caller.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_children() -> None:
+    """Kill this process's own children: megatron-core never ends the manager through which its writers answer."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+
+
+def _managers_die_with_parent() -> None:
+    """Let managers that this process starts end with it, even where it is killed and cannot end them itself."""
+    start: Any = multiprocessing.managers.BaseManager.start
+    bound: Any = functools.partialmethod(start, initializer=die_with_parent)
+    multiprocessing.managers.BaseManager.start = bound  # type: ignore[method-assign]
+
+
 def _rank(
     pipe: Any, rank: int, ranks: int, port: int, layout: int | Parallel, seed: int, call: bytes, path: list[str]
 ) -> None:
     die_with_parent()
+    _die_with_caller()
+    _managers_die_with_parent()
     sys.path[:] = path
     os.environ.update(
         RANK=str(rank),
@@ -143,6 +178,7 @@ def _rank(
         answer = (True, result)
     except BaseException:
         answer = (False, traceback.format_exc())
+    end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send_bytes(pickle.dumps(answer))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from cpt.plan.types import Parallel
@@ -48,6 +54,28 @@ def report_pid_and_wait(folder: str) -> None:
     time.sleep(600)
 
 
+def with_manager(folder: str, then: str) -> None:
+    """As megatron-core does when it saves: a manager that nobody ends."""
+    manager = multiprocessing.get_context("spawn").Manager()
+    manager.Queue().put(1)
+    pid = manager._process.pid  # type: ignore[attr-defined]
+    with open(os.path.join(folder, f"manager_{os.environ['RANK']}"), "w") as file:
+        file.write(f"{pid} {os.getpid()}")
+    if then == "fail":
+        raise ValueError("this rank fails")
+    if then == "wait":
+        time.sleep(600)
+
+
+def written(folder: Path, ranks: int) -> list[int]:
+    """Process ids that ranks wrote."""
+    return [int(n) for rank in range(ranks) for n in (folder / f"manager_{rank}").read_text().split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+
+
 def test_four_ranks_reduce_over_gloo() -> None:
     results = run_ranks(Parallel(dp=4), total_of_ranks)
     assert [value for _, value in results] == [6.0] * 4
@@ -75,3 +103,33 @@ def test_a_killed_rank_ends_the_others(tmp_path) -> None:
 def test_ranks_that_hang_are_ended_after_the_time_limit() -> None:
     with pytest.raises(RankFailed, match="did not end within 2 s"):
         run_ranks(1, time.sleep, 600, timeout=2)
+
+
+@pytest.mark.parametrize("then", ["end", "fail"])
+def test_managers_end_with_their_rank(then: str, tmp_path: Path) -> None:
+    if then == "fail":
+        with pytest.raises(RankFailed, match="this rank fails"):
+            run_ranks(1, with_manager, str(tmp_path), then)
+    else:
+        run_ranks(2, with_manager, str(tmp_path), then)
+    assert alive(written(tmp_path, 1 if then == "fail" else 2)) == []
+
+
+def test_nothing_outlives_a_caller_that_is_killed(tmp_path: Path) -> None:
+    call = f"ranks.run_ranks(2, test_ranks.with_manager, {str(tmp_path)!r}, 'wait')"
+    code = f"from tests.dist import ranks, test_ranks; {call}"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2 or not all(p.read_text() for p in tmp_path.iterdir()):
+            assert time.monotonic() < deadline and caller.poll() is None
+            time.sleep(0.1)
+        pids = [*written(tmp_path, 2), *(p.pid for p in psutil.Process(caller.pid).children(recursive=True))]
+        assert len(alive(pids)) == len(pids) >= 4
+    finally:
+        caller.send_signal(signal.SIGKILL)
+        caller.wait()
+    deadline = time.monotonic() + 20
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(pids) == []
