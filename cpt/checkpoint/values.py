@@ -1,6 +1,6 @@
 """What is odd about the values of a tensor: NaN, infinity, all zero, all the same, too small for full precision.
 
-Looked at block by block while the values pass by anyway. No torch.
+`Kind` and `the_one` say it of bits, `Seen` of a tensor of which blocks come by. No torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,91 @@ from typing import Any
 import numpy as np
 
 MANY_SUBNORMALS = 0.01  # more of them than this part of all values is reported
-_BLOCK = 1 << 16  # values looked at together: what stays in a core's cache
-# Of each float dtype: carrier, bits without the sign, the first bits that are not finite, the first normal ones.
-_FLOATS: Mapping[str, tuple[Any, int, int, int]] = {
-    "float32": (np.uint32, 0x7FFFFFFF, 0x7F800000, 0x00800000),
-    "bfloat16": (np.uint16, 0x7FFF, 0x7F80, 0x0080),
-    "float16": (np.uint16, 0x7FFF, 0x7C00, 0x0400),
-    "float64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0x0010000000000000),
+_SUSPICIOUS = 0.004  # of the values looked at, above which all are counted
+_WINDOW, _EVERY = 1024, 8192  # values looked at, of how many
+_SHARE = 1 << 18  # values that stay in a core's cache
+_BLOCK = 1 << 16  # the same where copies of them are made
+Values = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Bits of a float dtype, looked at as integers.
+
+    Args:
+        carrier, signed: integers of its size.
+        infinity: bits of infinity; NaN is above it.
+        largest: bits of the largest subnormal value.
+    """
+
+    carrier: Any
+    signed: Any
+    infinity: int
+    largest: int
+
+    @property
+    def sign(self) -> int:
+        """Bits of -0."""
+        return self.infinity + self.largest + 1
+
+    def magnitude(self, bits: Values) -> Values:
+        """A copy of values without their signs."""
+        return bits & self.carrier(self.infinity | self.largest)
+
+    def nonfinite(self, bits: Values) -> Values:
+        """Which values are NaN or infinite, of any shape."""
+        return self.magnitude(bits) >= self.carrier(self.infinity)
+
+    def subnormal(self, bits: Values) -> Values:
+        """Which values are subnormal, of any shape."""
+        size = self.magnitude(bits)
+        size -= self.carrier(1)  # zero becomes the largest of all
+        return size < self.carrier(self.largest)
+
+    def has_nonfinite(self, bits: Values) -> bool:
+        """Whether any is NaN or infinite: positive ones are large as signed integers, negative ones as unsigned.
+
+        Args:
+            bits: flat, contiguous. Nothing is copied.
+        """
+        for at in range(0, len(bits), _SHARE):
+            part = bits[at : at + _SHARE]
+            if int(part.max()) >= (self.infinity | self.sign) or int(part.view(self.signed).max()) >= self.infinity:
+                return True
+        return False
+
+    def may_be_subnormal(self, bits: Values) -> bool:
+        """Whether more than a few values are subnormal, by looking at short stretches of them.
+
+        Args:
+            bits: flat, contiguous.
+        """
+        whole = len(bits) // _EVERY * _EVERY
+        stretches = bits[:whole].reshape(-1, _EVERY)[:, :_WINDOW]
+        rest = bits[whole:][:_EVERY]
+        step = _SHARE // _WINDOW
+        count = int(np.count_nonzero(self.subnormal(rest)))
+        for at in range(0, len(stretches), step):
+            count += int(np.count_nonzero(self.subnormal(stretches[at : at + step])))
+        return count > _SUSPICIOUS * (stretches.size + len(rest))
+
+
+FLOATS: Mapping[str, Kind] = {
+    "float32": Kind(np.uint32, np.int32, 0x7F800000, 0x007FFFFF),
+    "bfloat16": Kind(np.uint16, np.int16, 0x7F80, 0x007F),
+    "float16": Kind(np.uint16, np.int16, 0x7C00, 0x03FF),
+    "float64": Kind(np.uint64, np.int64, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
 }
+
+
+def the_one(bits: Values) -> int | None:
+    """The bits that all values share; None = they differ.
+
+    Args:
+        bits: of at least one value; those at the beginning are looked at first.
+    """
+    first = bits[(0,) * bits.ndim]
+    return None if (bits[0] != first).any() or (bits != first).any() else int(first)
 
 
 @dataclass
@@ -41,7 +118,7 @@ class Seen:
     first: int | None = None
     same: int | None = None
 
-    def add(self, values: np.ndarray[Any, Any], start: int = 0) -> None:
+    def add(self, values: Values, start: int = 0) -> None:
         """Look at a block of values.
 
         Args:
@@ -52,26 +129,23 @@ class Seen:
         for first in range(0, len(bits), _BLOCK):
             self._block(bits[first : first + _BLOCK], start + first)
 
-    def _block(self, bits: np.ndarray[Any, Any], start: int) -> None:
-        one = int(bits[0])
-        if (self.same == one or not self.numel) and bool((bits == bits[0]).all()):
-            self.same = one
+    def _block(self, bits: Values, start: int) -> None:
+        if not self.numel or self.same == int(bits[0]):
+            self.same = the_one(bits)
         else:
             self.same = None
         self.numel += len(bits)
-        if self.dtype not in _FLOATS:
+        kind = FLOATS.get(self.dtype)
+        if kind is None:
             return
-        kind, magnitude, infinity, normal = _FLOATS[self.dtype]
-        size = bits & kind(magnitude)
-        if int(size.max()) >= infinity:
-            odd = np.flatnonzero(size >= kind(infinity))
-            infinite = int((size[odd] == kind(infinity)).sum())
+        if kind.has_nonfinite(bits):
+            odd = np.flatnonzero(kind.nonfinite(bits))
+            infinite = int(np.count_nonzero(kind.magnitude(bits[odd]) == kind.infinity))
             self.infinite += infinite
             self.nan += len(odd) - infinite
             at = start + int(odd[0])
             self.first = at if self.first is None else min(self.first, at)
-        size -= kind(1)  # zero becomes the largest
-        self.subnormal += int(np.count_nonzero(size < kind(normal - 1)))
+        self.subnormal += int(np.count_nonzero(kind.subnormal(bits)))
 
     def join(self, other: Seen) -> None:
         """Take in what was seen of other values of the same tensor."""
@@ -87,8 +161,8 @@ class Seen:
     @property
     def is_zero(self) -> bool:
         """Whether all values are 0 or all are -0."""
-        sign = _FLOATS[self.dtype][1] + 1 if self.dtype in _FLOATS else 0
-        return self.numel > 0 and self.same in (0, sign)
+        minus = FLOATS[self.dtype].sign if self.dtype in FLOATS else 0
+        return self.numel > 0 and self.same in (0, minus)
 
     @property
     def is_constant(self) -> bool:

@@ -16,22 +16,10 @@ import numpy as np
 
 from cpt.checkpoint.arrays import Array, Fill, Payload, Segment, crop
 from cpt.checkpoint.content import MAIN, MODEL, Content
-from cpt.checkpoint.values import MANY_SUBNORMALS
+from cpt.checkpoint.values import FLOATS, MANY_SUBNORMALS, Kind, Values, the_one
 
-_SUSPICIOUS = 0.004  # of the values looked at, above which all are counted
-_WINDOW, _EVERY = 1024, 8192  # values looked at, of how many
-_CHUNK = 1 << 18  # values that stay in a core's cache
-Values = np.ndarray[Any, np.dtype[Any]]
 Key = tuple[str, str, bool]  # atom, state, whether its padding rows
 Box = tuple[int, int, int, int]  # first row, rows, first column, columns of the logical tensor
-
-# dtype: (unsigned, signed, bits of infinity, largest subnormal)
-_FLOATS: dict[str, tuple[Any, Any, int, int]] = {
-    "float32": (np.uint32, np.int32, 0x7F800000, 0x007FFFFF),
-    "bfloat16": (np.uint16, np.int16, 0x7F80, 0x007F),
-    "float16": (np.uint16, np.int16, 0x7C00, 0x03FF),
-    "float64": (np.uint64, np.int64, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
-}
 
 
 @dataclass
@@ -184,21 +172,19 @@ class Look:
             self._payload, self._at = payload, 0
             self._settled = False
         first, self._at = self._at, self._at + len(values)
-        kinds = _FLOATS.get(payload.dtype)
-        if kinds is not None:
-            bits = values.view(kinds[0])
-            if _has_nonfinite(bits, kinds):
-                self._count(payload, bits, first, kinds, "nonfinite")
-            if _may_be_subnormal(bits, kinds):
-                self._count(payload, bits, first, kinds, "subnormal")
+        kind = FLOATS.get(payload.dtype)
+        if kind is not None:
+            bits = values.view(kind.carrier)
+            if kind.has_nonfinite(bits):
+                self._count(payload, bits, first, kind, "nonfinite")
+            if kind.may_be_subnormal(bits):
+                self._count(payload, bits, first, kind, "subnormal")
         if not self._settled:
             self._compare(payload, values, first)
 
-    def _count(self, payload: Payload, bits: Values, first: int, kinds: Any, what: str) -> None:
-        _, _, infinity, largest = kinds
+    def _count(self, payload: Payload, bits: Values, first: int, kind: Kind, what: str) -> None:
         for key, box, part, transposed in _parts(payload, bits, first):
-            magnitude = part & part.dtype.type(infinity | largest)
-            wrong = magnitude >= infinity if what == "nonfinite" else (magnitude > 0) & (magnitude <= largest)
+            wrong = kind.nonfinite(part) if what == "nonfinite" else kind.subnormal(part)
             count = int(np.count_nonzero(wrong))
             if not count:
                 continue
@@ -215,11 +201,11 @@ class Look:
         for key, box, part, _ in _parts(payload, bits, first):
             if key[2] or key in self._varied:
                 continue
-            value = part[0, 0]
-            if (part[0] != value).any() or (part != value).any():
+            value = the_one(part)
+            if value is None:
                 self._vary(key)
             else:
-                self._join(key, box, int(value))
+                self._join(key, box, value)
                 keys.add(key)
         if not keys:  # looked for again with the next payload: other tensors are in it
             self._settled = all(_key(payload, f) in self._varied or f.pad for f in _fills(payload))
@@ -245,40 +231,6 @@ class Look:
                 break
         boxes.append((row, rows, column, columns))
         self.facts.single[key, boxes[-1]] = value
-
-
-def _has_nonfinite(bits: Values, kinds: Any) -> bool:
-    """Whether NaN or infinity is among the values: positive ones are large as signed integers, negative as unsigned."""
-    _, signed, infinity, _ = kinds
-    negative = infinity | 1 << (8 * bits.itemsize - 1)
-    for at in range(0, len(bits), _CHUNK):
-        part = bits[at : at + _CHUNK]
-        if int(part.max()) >= negative or int(part.view(signed).max()) >= infinity:
-            return True
-    return False
-
-
-def _may_be_subnormal(bits: Values, kinds: Any) -> bool:
-    """Whether more than a few of the values are subnormal, by looking at short stretches of them."""
-    unsigned, _, infinity, largest = kinds
-    mask = unsigned(infinity | largest)
-    count = looked = 0
-    whole = len(bits) // _EVERY * _EVERY
-    stretches = bits[:whole].reshape(-1, _EVERY)[:, :_WINDOW]
-    step = _CHUNK // _WINDOW
-    for at in range(0, len(stretches), step):
-        count += _subnormal(stretches[at : at + step] & mask, largest)
-    looked = stretches.size
-    if whole < len(bits):
-        rest = bits[whole:][:_EVERY]
-        count += _subnormal(rest & mask, largest)
-        looked += len(rest)
-    return count > _SUSPICIOUS * looked
-
-
-def _subnormal(magnitude: Values, largest: int) -> int:
-    magnitude -= magnitude.dtype.type(1)  # zero becomes the largest of all
-    return int(np.count_nonzero(magnitude < largest))
 
 
 def _fills(payload: Payload) -> Iterator[Fill]:
