@@ -95,7 +95,7 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
     from cpt.checkpoint.find import find as find_any
     from cpt.checkpoint.find import known
     from cpt.checkpoint.formats import Reading
-    from cpt.checkpoint.formats.torch_dist import MANIFEST
+    from cpt.checkpoint.formats.torch_dist_names import MANIFEST
 
     found = find_any(path, step)
     if format_ not in ("auto", found.format):

@@ -30,7 +30,7 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Crc, OutFile, Payload, Segment, as_matrix, crop, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, OPTIMIZER, Content
 from cpt.checkpoint.formats import Output, Writing
-from cpt.checkpoint.formats.torch_dist import MANIFEST, RANDOM, RANK
+from cpt.checkpoint.formats.torch_dist_names import MANIFEST, RANDOM, RANK
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.checkpoint.mapping import Fused
 from cpt.checkpoint.torch_dist import BACKEND, COMMON, CONFIG, METADATA, Record, metadata
