@@ -55,6 +55,27 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
+def rectangles(first: int, last: int, columns: int, most: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """(row, column, shape) of blocks that cover rows `first` to `last` of a matrix, row after row.
+
+    Args:
+        most: values in a block; blocks are whole rows where one fits.
+    """
+    width = max(1, min(columns, most))
+    step = max(1, most // width)
+    for row in range(first, last, step):
+        for column in range(0, columns, width):
+            yield row, column, (min(step, last - row), min(width, columns - column))
+
+
+def row_spans(shape: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, last) rows of parts of a tensor's matrix, each of about `most` values, at least one row."""
+    rows, columns = as_matrix(shape)
+    step = max(1, most // max(1, columns))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A rectangle of a logical tensor and where it lies on disk.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, itemsize
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, itemsize, rectangles
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content
 from cpt.plan.types import to_json
 
@@ -218,26 +218,22 @@ def _compare(
     dtypes = None if one.dtype == other.dtype else (one.dtype, other.dtype)
     rows, columns = as_matrix(one.array.shape)
     first, values, count, largest = 0, ("", ""), 0, 0.0
-    width = max(1, min(columns, _BLOCK))
-    step = max(1, _BLOCK // width)
-    for row in range(0, rows, step):
-        for column in range(0, columns, width):
-            shape = (min(step, rows - row), min(width, columns - column))
-            pair = []
-            for side in (one, other):
-                block = np.empty(shape, CARRIERS[side.dtype])
-                _read(files, side, row, column, block, name)
-                pair.append(block.reshape(-1))
-            watch(sum(math.prod(shape) * itemsize(s.array.dtype) for s in (one, other)))
-            at = _unequal(pair[0], one.dtype, pair[1], other.dtype)
-            if not len(at):
-                continue
-            down, across = divmod(int(at[0]), shape[1])
-            place = (row + down) * columns + column + across
-            if not count or place < first:
-                first, values = place, (_text(pair[0][at[0]], one.dtype), _text(pair[1][at[0]], other.dtype))
-            count += len(at)
-            largest = max(largest, _largest(pair[0][at], one.dtype, pair[1][at], other.dtype))
+    for row, column, shape in rectangles(0, rows, columns, _BLOCK):
+        pair = []
+        for side in (one, other):
+            block = np.empty(shape, CARRIERS[side.dtype])
+            _read(files, side, row, column, block, name)
+            pair.append(block.reshape(-1))
+        watch(sum(math.prod(shape) * itemsize(s.array.dtype) for s in (one, other)))
+        at = _unequal(pair[0], one.dtype, pair[1], other.dtype)
+        if not len(at):
+            continue
+        down, across = divmod(int(at[0]), shape[1])
+        place = (row + down) * columns + column + across
+        if not count or place < first:
+            first, values = place, (_text(pair[0][at[0]], one.dtype), _text(pair[1][at[0]], other.dtype))
+        count += len(at)
+        largest = max(largest, _largest(pair[0][at], one.dtype, pair[1][at], other.dtype))
     if not count and dtypes is None:
         return None
     return Differs(

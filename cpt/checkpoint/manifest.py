@@ -6,7 +6,6 @@ No torch here: plans, `cpt status` and the orchestrator read manifests.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,12 +135,3 @@ def why_not_whole(folder: str | os.PathLike[str]) -> str | None:
 def is_whole(folder: str | os.PathLike[str]) -> bool:
     """Whether a native checkpoint folder can be used."""
     return why_not_whole(folder) is None
-
-
-def crc32_of(path: str | os.PathLike[str]) -> str:
-    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"

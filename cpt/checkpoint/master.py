@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Content
 
 _BLOCK = 1 << 18  # values compared at a time: what fits into a core's cache
@@ -130,27 +130,20 @@ def _pairs(content: Content) -> Iterator[tuple[str, bool, Array, Array]]:
 def _turns(content: Content) -> Iterator[tuple[str, bool, Array, Array, int, int]]:
     """The pairs cut into intervals of rows of about `_TURN` values."""
     for atom, pad, main, weight in _pairs(content):
-        rows, columns = as_matrix(weight.shape)
-        step = max(1, _TURN // max(1, columns))
-        for first in range(0, rows, step):
-            yield atom, pad, main, weight, first, min(first + step, rows)
+        for first, last in row_spans(weight.shape, _TURN):
+            yield atom, pad, main, weight, first, last
 
 
 def _compare(files: Files, atom: str, pad: bool, main: Array, weight: Array, begin: int, end: int) -> Iterator[Wrong]:
     rows, columns = as_matrix(weight.shape)
-    width = max(1, min(columns, _BLOCK))
-    step = max(1, _BLOCK // width)
-    for first in range(begin, end, step):
-        count = min(step, end - first)
-        for left in range(0, columns, width):
-            across = min(width, columns - left)
-            given = np.empty((count, across), CARRIERS[main.dtype])
-            kept = np.empty((count, across), CARRIERS[weight.dtype])
-            files.read(main, first, left, given, main.dtype)
-            files.read(weight, first, left, kept, weight.dtype)
-            at = unequal(given.reshape(-1), main.dtype, kept.reshape(-1), weight.dtype)
-            if len(at):
-                yield wrong_at(atom, pad, at, given, (first, left), (rows, columns))
+    for row, column, shape in rectangles(begin, end, columns, _BLOCK):
+        given = np.empty(shape, CARRIERS[main.dtype])
+        kept = np.empty(shape, CARRIERS[weight.dtype])
+        files.read(main, row, column, given, main.dtype)
+        files.read(weight, row, column, kept, weight.dtype)
+        at = unequal(given.reshape(-1), main.dtype, kept.reshape(-1), weight.dtype)
+        if len(at):
+            yield wrong_at(atom, pad, at, given, (row, column), (rows, columns))
 
 
 def wrong_at(atom: str, pad: bool, at: Values, main: Values, start: tuple[int, int], shape: tuple[int, int]) -> Wrong:

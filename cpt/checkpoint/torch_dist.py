@@ -303,11 +303,6 @@ class Folder:
             there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offset, strict=True))
             view[here].copy_(values[there])
 
-    def raw_object(self, key: str) -> bytes | None:
-        """Bytes of an object's record, not interpreted; None when there is no such object."""
-        record = self.objects.get(key)
-        return None if record is None else bytes(self._map(record.file)[record.start : record.start + record.length])
-
     def _read_metadata(self) -> dict[str, Tensor]:
         path = self.path / METADATA
         if not path.is_file():

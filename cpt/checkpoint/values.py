@@ -199,4 +199,4 @@ def odd(seen: Mapping[str, Seen]) -> list[str]:
 def some(names: Iterable[str], most: int = 3) -> str:
     """The first few of many names."""
     names = list(names)
-    return ", ".join(f"`{n}`" for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(f"`{n}`" for n in names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

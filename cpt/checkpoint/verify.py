@@ -18,7 +18,7 @@ from cpt.base.files import read_json
 from cpt.base.units import show_bytes
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, store
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, itemsize
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, itemsize, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.formats import Reading
 from cpt.checkpoint.values import Seen, not_finite, odd, some
@@ -286,10 +286,8 @@ def _turns(content: Content) -> Iterator[Turn]:
         for pad, states in ((False, atom.states), (True, atom.pad)):
             if not states:
                 continue
-            rows, columns = as_matrix(next(iter(states.values())).shape)
-            step = max(1, _TURN // max(1, columns))
-            for first in range(0, rows, step):
-                yield atom, pad, first, min(first + step, rows)
+            for first, last in row_spans(next(iter(states.values())).shape, _TURN):
+                yield atom, pad, first, last
 
 
 def _look(
@@ -303,21 +301,17 @@ def _look(
     seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
     wrong: list[master.Wrong] = []
     compare = MAIN in states and MODEL in states and atom.name not in content.unrounded
-    width = max(1, min(columns, _BLOCK))
-    step = max(1, _BLOCK // width)
-    for first in range(begin, end, step):
-        for left in range(0, columns, width):
-            shape = (min(step, end - first), min(width, columns - left))
-            blocks = {}
-            for state, array in states.items():
-                blocks[state] = _block(files, array, first, left, shape)
-                seen[names[state]].add(blocks[state], first * columns + left)
-                watch(blocks[state].nbytes)
-            if compare:
-                at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
-                if len(at):
-                    main = blocks[MAIN].reshape(shape)
-                    wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
+    for first, left, shape in rectangles(begin, end, columns, _BLOCK):
+        blocks = {}
+        for state, array in states.items():
+            blocks[state] = _block(files, array, first, left, shape)
+            seen[names[state]].add(blocks[state], first * columns + left)
+            watch(blocks[state].nbytes)
+        if compare:
+            at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
+            if len(at):
+                main = blocks[MAIN].reshape(shape)
+                wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
     return seen, master.together(wrong)
 
 

@@ -371,10 +371,12 @@ def _options(plan: Plan) -> str:
 
 
 def _report(plan: Plan, report: Report) -> str:
+    from cpt.checkpoint.values import some
+
     for kind, what in (("zero", "all values are zero"), ("constant", "all values are equal")):
         names = [f.tensor for f in report.findings if f.kind == kind]
         if names:
-            warning(f"{what} in {len(names):,} tensor{'s' * (len(names) > 1)}: {_some(names)}")
+            warning(f"{what} in {len(names):,} tensor{'s' * (len(names) > 1)}: {some(names, _MOST)}")
     for f in [f for f in report.findings if f.kind == "subnormal"][:_MOST]:
         warning(f"{f.count:,} values of `{f.tensor}` are too small for full precision (subnormal)")
     for f in [f for f in report.findings if f.kind == "nonfinite"]:
@@ -412,11 +414,6 @@ def _checked(report: Report) -> str:
 
 def _listed(head: str, texts: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(head if i == 0 else "", text) for i, text in enumerate(texts)]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
-    return ", ".join(f"`{n}`" for n in names[:_MOST]) + more
 
 
 def _columns(lines: list[tuple[str, str]]) -> str:

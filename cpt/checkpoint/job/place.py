@@ -75,7 +75,7 @@ def done_already(plan: Plan) -> bool:
     if record.get("id") != plan.id:
         raise UsageError(
             f"`{out}` holds another conversion (id {str(record.get('id'))[:12]}, this one would be {plan.id[:12]})",
-            *_differences(record, plan),
+            *differences(record, plan),
             "name another folder, or remove it first",
         )
     return True
@@ -92,10 +92,6 @@ def read_record(out: Path, plan: Plan) -> dict[str, Any] | None:
 
 def differences(before: dict[str, Any], plan: Plan) -> list[str]:
     """How a conversion that was begun before differs from this one, one line each."""
-    return _differences(before, plan)
-
-
-def _differences(before: dict[str, Any], plan: Plan) -> list[str]:
     found = []
     if before.get("to") != plan.request.to:
         found.append(f"that one is to `{before.get('to')}`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,3 @@ def own_manifest(value: Mapping[str, Any], files: Mapping[str, FileSums]) -> byt
     """`conversion.json`: the record, and sizes and checksums of all other files."""
     listed = {name: {"size": s.size, "crc32": f"{s.crc32:08x}"} for name, s in sorted(files.items())}
     return (json.dumps({KEY: {**value, "files": listed}}, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def most_told(texts: Sequence[str], most: int = 3) -> str:
-    """The first few of many names in backticks."""
-    shown = ", ".join(f"`{t}`" for t in texts[:most])
-    return shown + (f" and {len(texts) - most:,} more" if len(texts) > most else "")

@@ -57,7 +57,6 @@ def a_checkpoint(checkpoints: Path, step: int, phase: str = "train") -> Path:
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path, 7)
     assert manifests.read(folder) == a_manifest(7)
-    assert manifests.crc32_of(folder / "__0_0.distcp") == "3610a686"
 
 
 def test_the_newest_whole_checkpoint_wins_and_the_others_are_named(tmp_path: Path) -> None:

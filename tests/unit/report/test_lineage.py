@@ -1,6 +1,7 @@
 """The chain of a checkpoint back to where it all began."""
 
 import shutil
+import zlib
 
 import pytest
 
@@ -29,7 +30,7 @@ def checkpoint(run, stage, step, parent):
         step=step,
         tokens=step * made_run.TOKENS_PER_STEP,
         progress={"lr": {"last": 1e-4}},
-        files={"weights": FileFacts(size=len(stage), crc32=manifest.crc32_of(folder / "weights"))},
+        files={"weights": FileFacts(size=len(stage), crc32=f"{zlib.crc32(stage.encode()):08x}")},
     )
     manifest.write(folder, facts)
     return folder, {"path": str(folder), "identity": facts.identity}
