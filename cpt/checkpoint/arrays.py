@@ -106,6 +106,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
+        """Size of all values [bytes]."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
@@ -150,10 +151,12 @@ class Tensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of its shape."""
         return as_matrix(self.shape)
 
     @property
     def numel(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
 
@@ -177,6 +180,7 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
+        """Size in the file [bytes]."""
         return sum(s.rows * s.columns for s in self.segments) * itemsize(self.dtype)
 
 
@@ -202,10 +206,12 @@ class OutFile:
 
     @property
     def payloads(self) -> tuple[Payload, ...]:
+        """Its parts that are values, in order."""
         return tuple(p for p in self.parts if isinstance(p, Payload))
 
     @property
     def nbytes(self) -> int:
+        """Size of the file [bytes]."""
         return sum(p.nbytes if isinstance(p, Payload) else 4 if isinstance(p, Crc) else len(p) for p in self.parts)
 
 

@@ -103,6 +103,7 @@ class Slot:
 
     @property
     def stop(self) -> int:
+        """One past its last value in its bucket [values]."""
         return self.start + self.held.tensor.numel
 
 

@@ -38,6 +38,7 @@ class Atom:
 
     @property
     def pad_rows(self) -> int:
+        """Padding rows of the vocabulary that are there."""
         return next((a.shape[0] for a in self.pad.values()), 0)
 
 

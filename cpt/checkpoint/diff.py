@@ -82,6 +82,7 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
+        """Whether nothing differs."""
         return not (self.tensors or self.only or self.fields)
 
 

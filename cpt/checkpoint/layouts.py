@@ -54,6 +54,7 @@ class Held:
 
     @property
     def is_expert(self) -> bool:
+        """Whether it is a weight of one expert."""
         return ".experts.experts." in self.key
 
 

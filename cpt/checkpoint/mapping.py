@@ -194,6 +194,7 @@ class Fused:
 
     @property
     def key(self) -> str:
+        """Canonical name."""
         return self.tensor.key
 
 

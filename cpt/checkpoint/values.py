@@ -171,6 +171,7 @@ class Seen:
 
     @property
     def is_finite(self) -> bool:
+        """Whether neither NaN nor infinity was seen."""
         return self.nan == self.infinite == 0
 
 

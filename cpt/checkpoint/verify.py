@@ -53,6 +53,7 @@ class Report:
 
     @property
     def is_good(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.wrong
 
 
@@ -160,6 +161,7 @@ class Sum:
 
     @property
     def is_whole(self) -> bool:
+        """Whether it is of a whole file."""
         return self.size is not None
 
     def why_not_there(self) -> str | None:

@@ -108,6 +108,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
+        """Size of `files` [bytes]."""
         return sum(f.nbytes for f in self.files)
 
 

@@ -108,6 +108,7 @@ class Rank:
 
     @property
     def file(self) -> str:
+        """Path of the file with its model."""
         return self.opened.file
 
     def __str__(self) -> str:
@@ -123,4 +124,5 @@ class Param:
 
     @property
     def dtype(self) -> str:
+        """Dtype of the model's weight."""
         return self.record.storage.dtype

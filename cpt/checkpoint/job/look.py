@@ -46,6 +46,8 @@ class Facts:
         self.rounded += other.rounded
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON; `from_json` gives the same facts again."""
+
         def rows(found: Mapping[tuple[Key, Box], Any]) -> list[list[Any]]:
             return [[list(key), list(box), value] for (key, box), value in found.items()]
 
@@ -58,6 +60,8 @@ class Facts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Facts:
+        """What `to_json` gave."""
+
         def found(rows: Iterable[Any]) -> Iterator[tuple[tuple[Key, Box], Any]]:
             for (atom, state, pad), box, seen in rows:
                 yield ((str(atom), str(state), bool(pad)), tuple(box)), tuple(seen) if isinstance(seen, list) else seen
@@ -92,6 +96,7 @@ class Finding:
         return self.atom if self.state == MODEL else f"{self.atom} ({self.state})"
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON; `first` only where there is one."""
         return {
             "kind": self.kind,
             "tensor": self.atom,

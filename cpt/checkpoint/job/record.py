@@ -65,6 +65,7 @@ class Report:
         return self.written / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
         return {
             "id": self.id,
             "out": str(self.out),

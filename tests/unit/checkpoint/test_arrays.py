@@ -34,6 +34,8 @@ from cpt.checkpoint.arrays import (
     flat_segments,
     part,
     places,
+    rectangles,
+    row_spans,
     why_not_tiled,
 )
 from cpt.checkpoint.content import MODEL, Atom, Content
@@ -262,6 +264,19 @@ def test_places_that_do_not_tile_are_told(data: Any) -> None:
         moved = replace(without[0], row=without[0].row + rows)
         assert why_not_tiled(replace(array, places=(*found[:i], moved, *found[i + 1 :]))) is not None
     assert why_not_tiled(replace(array, places=(*found, found[i]))) is not None
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 500))
+def test_blocks_cover_a_matrix_once_row_after_row_and_are_small(rows: int, columns: int, most: int) -> None:
+    covered = np.zeros((rows, columns), int)
+    firsts = []
+    for first, last in row_spans((rows, columns), most):
+        assert last - first == 1 or (last - first) * columns <= most
+        for row, column, (down, across) in rectangles(first, last, columns, most):
+            assert 0 < down * across <= most and row + down <= last and column + across <= columns
+            covered[row : row + down, column : column + across] += 1
+            firsts.append((row, column))
+    assert (covered == 1).all() and firsts == sorted(firsts)
 
 
 def test_what_is_wrong_with_places_is_said() -> None:
