@@ -192,7 +192,7 @@ def _other_stages(plan: RunPlan) -> list[str]:
         if stage.kind == "law":
             lines += _law_lines(plan, stage)
         elif stage.train is None and stage.group is None:
-            said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto"))
+            said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto", False))
             lines.append(f"{stage.kind:<7} {stage.name}: {said}")
     return [show.plain(line) for line in lines]
 

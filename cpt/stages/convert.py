@@ -33,17 +33,17 @@ class Convert(StageKind):
     Args:
         to: `hf`, `native`, `megatron` or `atom`.
         dtype: `fp32`, `bf16` or `fp16` for a Hugging Face folder; `auto` is that of the base, or fp32.
-        tp, pp: ranks of `megatron`.
-        optimizer: whether `megatron` and `atom` keep Adam's state.
+        tp, pp: ranks of `megatron`, 1 each by default.
+        weights_only: `megatron` and `atom` are written without Adam's state.
     """
 
     modules: ClassVar[tuple[str, ...]] = ()  # one rank, and an export needs no Megatron
 
     to: str = "hf"
     dtype: str = "auto"
-    tp: int = 1
-    pp: int = 1
-    optimizer: bool = True
+    tp: int | None = None
+    pp: int | None = None
+    weights_only: bool = False
 
     def __post_init__(self) -> None:
         from cpt.base.registry import unknown
@@ -52,12 +52,13 @@ class Convert(StageKind):
             raise unknown("format", self.to, FORMATS)
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise unknown("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
-        if self.to != "megatron" and (self.tp, self.pp) != (1, 1):
+        if self.to != "megatron" and (self.tp, self.pp) != (None, None):
             raise UsageError(f"`tp` and `pp` are ranks of `to: megatron`, and this is `to: {self.to}`")
         if self.to != "hf" and self.dtype != "auto":
             raise UsageError(f"`dtype` is of `to: hf`, and this is `to: {self.to}`")
-        if min(self.tp, self.pp) < 1:
-            raise UsageError(f"`tp` is {self.tp} and `pp` is {self.pp}, wanted at least 1")
+        for name, ranks in (("tp", self.tp), ("pp", self.pp)):
+            if ranks is not None and ranks < 1:
+                raise UsageError(f"`{name}` is {ranks}, wanted at least 1")
 
     @classmethod
     def work(cls, plan: RunPlan, job: Job) -> int:
@@ -108,7 +109,8 @@ def _to_other(job: Job, stage_dir: Path, options: Convert) -> Path:
     from cpt.checkpoint.job.planning import Request, Running, plan
 
     assert job.parent is not None
-    writing = Writing(layout=Layout(tp=options.tp, pp=options.pp), optimizer=None if options.optimizer else "none")
+    layout = Layout(tp=options.tp or 1, pp=options.pp or 1)
+    writing = Writing(layout=layout, optimizer="none" if options.weights_only else None)
     out = stage_dir / options.to
     request = Request(source=Path(job.parent), out=out, to=options.to, writing=writing)
     convert(plan(request), Running(), command=f"stage {job.stage}")
