@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.config import base as bases
-from cpt.config import law_checks, machine
+from cpt.config import convert_checks, law_checks, machine
 from cpt.config import laws as law_stages
 from cpt.config import model as models
 from cpt.config import order as orders
@@ -554,6 +554,7 @@ def _finish(
         for name, c in {**outside, **({"base": checkpoint} if checkpoint is not None else {})}.items()
     }
     work.errors += check.broken(draft, facts, made.num_devices() if made is not None else None)
+    work.errors += convert_checks.impossible(draft)
     work.errors += [*law_checks.too_costly(draft), *law_checks.unfittable(draft), *law_checks.wrong_table(draft)]
     with work.catching():
         check_memory(draft, machine.devices())

@@ -133,6 +133,8 @@ def _train(plan: RunPlan, train: Train, curve: Sequence[float]) -> dict[str, Any
 def _options(plan: RunPlan, stage: StagePlan) -> dict[str, Any]:
     """Options of a stage that is no train stage; sources by content, without how it is laid out."""
     options = {k: v for k, v in to_json(stage.options).items() if k not in LAYOUT}
+    if stage.kind == "convert":  # what it leaves is laid out like that
+        options = {k: v for k, v in to_json(stage.options).items() if v not in (None, False)}
     if "sources" in options:
         options["sources"] = [content_of(plan, name) for name in sorted(options["sources"])]
     if stage.kind == "law":

@@ -105,6 +105,7 @@ def _to_other(job: Job, stage_dir: Path, options: Convert) -> Path:
     """Killed, the next attempt goes on with it."""
     from cpt.checkpoint.content import Layout
     from cpt.checkpoint.formats import Writing
+    from cpt.checkpoint.job import place
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Request, Running, plan
 
@@ -113,7 +114,9 @@ def _to_other(job: Job, stage_dir: Path, options: Convert) -> Path:
     writing = Writing(layout=layout, optimizer="none" if options.weights_only else None)
     out = stage_dir / options.to
     request = Request(source=Path(job.parent), out=out, to=options.to, writing=writing)
-    convert(plan(request), Running(), command=f"stage {job.stage}")
+    made = plan(request)
+    place.clear_other(made)  # of an attempt with other options
+    convert(made, Running(), command=f"stage {job.stage}")
     return out
 
 

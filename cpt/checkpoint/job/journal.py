@@ -10,11 +10,11 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, read_lines, write_atomic
-from cpt.checkpoint.job.place import differences
+from cpt.checkpoint.job.place import JOURNAL, differences
 from cpt.checkpoint.job.planning import Plan
 from cpt.checkpoint.writing import FileSums
 
-NAME = "journal.jsonl"
+NAME = JOURNAL
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import CptError, EnvironmentProblem, UsageError
-from cpt.base.files import read_json
+from cpt.base.files import read_json, read_lines
 from cpt.base.units import show_bytes
 from cpt.checkpoint.find import PARTIAL
 from cpt.checkpoint.job.planning import Plan
 
+JOURNAL = "journal.jsonl"  # of `OUT.partial`
 KEY = "conversion"  # of the manifest
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -79,6 +81,17 @@ def done_already(plan: Plan) -> bool:
             "name another folder, or remove it first",
         )
     return True
+
+
+def clear_other(plan: Plan) -> None:
+    """Remove what another conversion made or began at OUT, for a caller that owns OUT and has changed its mind."""
+    out, begun = plan.request.out, partial(plan.request.out)
+    record = read_record(out, plan)
+    if os.path.lexists(out) and (record is None or record.get("id") != plan.id):
+        shutil.rmtree(out)
+    head = next(read_lines(begun / JOURNAL), None) if (begun / JOURNAL).is_file() else None
+    if begun.is_dir() and (not isinstance(head, dict) or head.get("id") != plan.id):
+        shutil.rmtree(begun)
 
 
 def read_record(out: Path, plan: Plan) -> dict[str, Any] | None:

@@ -65,6 +65,21 @@ def test_a_stage_cannot_start_from_files_for_other_programs(project: Path) -> No
     assert found.hints == ("start from `domain`, which `export` converts",)
 
 
+def test_ranks_that_cannot_share_the_model_are_refused_before_anything_is_trained(project: Path) -> None:
+    assert (
+        "tp 3 does not divide 4 attention heads" in error("stages.export.to=megatron", "++stages.export.tp=3").message
+    )
+    assert "pp 3" in error("stages.export.to=megatron", "++stages.export.pp=3").message
+
+
+def test_every_option_of_a_conversion_counts_in_its_fingerprint(project: Path) -> None:
+    def fingerprint(*options: str) -> str:
+        return build.plan("two", ["stages.export.to=megatron", *options]).stages["export"].fingerprint
+
+    all_ = [fingerprint(), *(fingerprint(f"++stages.export.{o}") for o in ("tp=2", "pp=2", "weights_only=true"))]
+    assert len(set(all_)) == 4 and fingerprint("++stages.export.tp=2") == all_[1]
+
+
 def test_options_of_another_format_mean_nothing(project: Path) -> None:
     assert "ranks of `to: megatron`" in error("++stages.export.tp=2").message
     assert "unknown format `atm`" in error("stages.export.to=atm").message
