@@ -130,7 +130,7 @@ class _Rank:
             methods=methods,
             skip_steps=skips,
             keep_steps=self.stage.keep_steps,
-            imported=self.job.start == "hf" and resume is None,
+            imported=self._is_imported() and resume is None,
         )
         started = self.report.clock()
         outcome = loop.run()
@@ -155,6 +155,13 @@ class _Rank:
         del loop, engine
         gc.collect()
         return outcome
+
+    def _is_imported(self) -> bool:
+        """Whether the weights came from another program's checkpoint, as it was or converted."""
+        parent = self.job.parent
+        if self.job.start == "hf" or parent is None:
+            return self.job.start == "hf"
+        return any(Path(parent).is_relative_to(folder) for folder in self.plan.conversions)
 
     def _load(self, engine: Engine, resume: str | None) -> Progress:
         """Weights and the rest of the state, and how far the stage is."""
