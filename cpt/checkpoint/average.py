@@ -54,7 +54,10 @@ def shares(members: Sequence[Member]) -> list[Member]:
     for member in members:
         if not 0 <= member.weight < math.inf:
             raise UsageError(f"`{member.folder}` has the weight {member.weight:g}, wanted at least 0")
-    total = math.fsum(m.weight for m in members)
+    try:
+        total = math.fsum(m.weight for m in members)
+    except OverflowError:
+        raise UsageError("the weights of an average are too large: their sum is no number") from None
     if total <= 0:
         raise UsageError("an average needs a checkpoint with a weight above 0")
     chosen = sorted((m for m in members if m.weight > 0), key=lambda m: (m.weight, str(m.folder)))

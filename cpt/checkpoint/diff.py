@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.checkpoint import hf_config
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, itemsize, rectangles
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content
 from cpt.plan.types import to_json
@@ -205,7 +206,10 @@ def _plain(value: Any) -> Any:
 
 def _model(content: Content) -> dict[str, Any]:
     fields = _plain(to_json(content.model))
+    config = content.model.hf_config
     del fields["hf_config"]
+    if config is not None:
+        fields["sliding_window"] = hf_config.window(config) or "none"
     return dict(fields)
 
 

@@ -320,12 +320,16 @@ def _experts(read: _Reader, num_layers: int, ffn: int) -> dict[str, Any]:
 def _positions(read: _Reader) -> int:
     """Longest sequence [tokens]: a sliding window bounds it, because up to its length attention is full."""
     positions: int = read.number(read.name("max_position_embeddings"), int)
-    window = read.config.get("sliding_window")
-    used = read.config.get("use_sliding_window", read.family in ("mistral", "mixtral"))
-    types = read.config.get("layer_types")
+    return min(positions, window(read.config) or positions)
+
+
+def window(config: Json) -> int | None:
+    """The sliding window that attention of a `config.json`'s model has [tokens]; None = full attention."""
+    family, size, types = config.get("model_type"), config.get("sliding_window"), config.get("layer_types")
+    used = config.get("use_sliding_window", family in ("mistral", "mixtral"))
     if types is not None:
         used = "sliding_attention" in types
-    return min(positions, int(window)) if used and window and read.family != "gpt2" else positions
+    return int(size) if used and size and family != "gpt2" else None
 
 
 def write_config(model: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -6,8 +6,9 @@ Mistral's are as well); else a `config.json` has to say.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def to_model(args: Args, where: str, config: Path | None = None, *, vocab_size: 
         _compare(model, _said(args, where, vocab_size), where, config)
         return model
     stated = {k: v for k, v in args.items() if v is not None}
-    return _model(args, _said(_DEFAULTS | stated, where, vocab_size), where)
+    model = _model(args, _said(_DEFAULTS | stated, where, vocab_size), where)
+    return _with_config(model, args.get("hf_config"))
 
 
 def knows_vocab_size(args: Args, model: ModelConfig) -> bool:
@@ -217,6 +219,7 @@ def to_args(
         "iteration": iteration or 0,
         # Ours: what the arguments above cannot say.
         "hf_model_type": model.family,
+        "hf_config": _config_text(model),
     }
     if model.num_experts:
         dense = set(model.moe_dense_layers)
@@ -285,6 +288,41 @@ def _pipeline(layout: Layout) -> str | None:
     parts = ["t" * count for count in layout.layers]
     parts[0], parts[-1] = "E" + parts[0], parts[-1] + "L"
     return "|".join(parts)
+
+
+def _config_text(model: ModelConfig) -> str | None:
+    """The model's `config.json`, which says more than arguments can (a sliding window, ids of special tokens)."""
+    if model.hf_config is None:
+        return None
+    try:
+        config = hf_config.write_config(model, hf_config.source_dtype(model))
+    except UsageError:  # a change that its family's configuration has no word for
+        return None
+    # What it said about the dtype stays unsaid where it said nothing.
+    return json.dumps({k: v for k, v in config.items() if k in model.hf_config or k not in ("dtype", "torch_dtype")})
+
+
+def _with_config(model: ModelConfig, text: Any) -> ModelConfig:
+    """The model with the `config.json` that lies among its arguments, if both still say the same."""
+    if not isinstance(text, str):
+        return model
+    try:
+        config = json.loads(text)
+        found = hf_config.parse(config) if isinstance(config, dict) else None
+    except (ValueError, TypeError, UsageError):
+        return model
+    if found is None or found.family != model.family:
+        return model
+    names = [f.name for f in fields(ModelConfig) if f.name not in ("hf_config", "init_std")]
+    same = all(_same(getattr(found, name), getattr(model, name)) for name in names if not _is_idle(model, name))
+    return replace(model, hf_config=config) if same else model
+
+
+def _is_idle(model: ModelConfig, field: str) -> bool:
+    """Whether a field means nothing for such a model."""
+    if model.position_embedding == "learned":
+        return field in ("rope_theta", "rotary_percent", "rope_scaling")
+    return field.startswith("moe_") and not model.num_experts
 
 
 def _inexpressible(model: ModelConfig, spec: str) -> list[str]:

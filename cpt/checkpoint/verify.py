@@ -20,10 +20,11 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, store
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, itemsize, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
-from cpt.checkpoint.formats import Reading
+from cpt.checkpoint.formats import Format, Reading
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
+_DATA = (".safetensors", ".distcp", ".bin", ".pt")  # files of values, whose checksums are verified while they are read
 _PAD = " (padding rows)"
 _AHEAD = 16 << 20  # bytes that are asked for before they are needed
 _READ = 1 << 20  # bytes summed at a time
@@ -91,6 +92,8 @@ def inspect(
     try:
         sums = file_sums(folder)
         if wrong := [line for s in sums if (line := s.why_not_there()) is not None]:
+            return replace(report, wrong=tuple(wrong))
+        if wrong := list(_small_ones_wrong(sums)):  # what is opened would say something else of it
             return replace(report, wrong=tuple(wrong))
         why = find.why_not_whole(folder)
         if why is not None and name != "megatron":
@@ -232,6 +235,28 @@ def file_sums(folder: Path) -> list[Sum]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"`{folder / name}` is damaged: {type(error).__name__}: {error}") from None
     return []
+
+
+def open_checked(form: type[Format], folder: Path, reading: Reading) -> Content:
+    """A checkpoint whose bytes are to be used: `form.open`, after the checksums of all small files that are listed.
+
+    Files of values are left to their readers, which find their checksums in `content.crc32`.
+
+    Raises:
+        UsageError: as `form.open` and `with_listed_sums`; or a small file has other bytes than were written.
+    """
+    for line in _small_ones_wrong(file_sums(folder)):
+        raise UsageError(f"`{folder}`: {line}", "`cpt ckpt verify` checks all its files")
+    return with_listed_sums(form.open(folder, reading))
+
+
+def _small_ones_wrong(sums: Sequence[Sum]) -> Iterator[str]:
+    """What is wrong with files that hold no values."""
+    for s in sums:
+        if s.file.suffix not in _DATA or s.file.name == "common.pt":
+            line = s.why_not_there() or s.why_wrong(lambda nbytes: None)
+            if line is not None:
+                yield line
 
 
 def with_listed_sums(content: Content) -> Content:

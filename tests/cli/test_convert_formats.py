@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import command, made_checkpoints
+from tests.checkpoints import PLAIN, write_hf
 from tests.cli.test_convert_ckpt import children, content, cpt, journal, none_lives, refused, start
 from tests.shared import shared_data
 
@@ -164,3 +165,14 @@ def test_the_broken_golden_is_refused_with_its_reason_and_converts_without_its_o
     ended = command.cpt("convert-ckpt", str(broken), str(tmp_path / "out"), "--to", "atom", "--optimizer", "none")
     assert ended.code == 0, ended.err
     assert "optimizer" in ended.out
+
+
+@pytest.mark.parametrize("middle", ["megatron", "torch_dist", "atom"])
+def test_what_only_the_config_says_comes_back_from_every_format(middle: str, tmp_path: Path) -> None:
+    model = replace(PLAIN, family="mistral")
+    write_hf(tmp_path / "in", model, sliding_window=16, eos_token_id=2, max_position_embeddings=64)
+    for source, out, to in (("in", "middle", middle), ("middle", "out", "hf")):
+        ended = command.cpt("convert-ckpt", str(tmp_path / source), str(tmp_path / out), "--to", to)
+        assert ended.code == 0, ended.err
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "out"))
+    assert before == after and after["sliding_window"] == 16

@@ -9,7 +9,8 @@ Keys of tensors are `<atom>#fp32`, `#exp_avg`, `#exp_avg_sq`; `#model` only wher
 
 Two conversions of one training state have the same `id`, whatever layout they came from and however the tensors are
 packed into files: it is the SHA-256 over name, shape, dtype and CRC-32 of each state of each atom. Padding rows are not
-in it, because their number follows from the layout.
+in it, because their number follows from the layout. `sum` is the SHA-256 over all else that the manifest says of the
+state (its keys but `sum` itself and `conversion`, as canonical JSON), so that a changed step or hyperparameter is found.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from cpt.plan.types import ModelConfig, from_json, to_json
 
 NAME, VERSION = "cpt-atom", 1
 MANIFEST, HF, CONFIG = "atom.json", "hf", "config.json"
+SUM = "sum"
 FEW, WORTH = 4, 64 << 20  # files that several workers can share, if they hold at least so much each [bytes]
 Json = dict[str, Any]
 
@@ -126,7 +128,7 @@ def _plan(content: Content, writing: Writing) -> Output:
             "files": _files({n: sums[n] for n in names}, copies, made, sha256=writing.sha256),
             "atoms": atoms,
         }
-        return made | {MANIFEST: _lines(manifest)}
+        return made | {MANIFEST: _lines({**manifest, SUM: own_sum(manifest)})}
 
     return Output(files=files, finish=finish, copies=copies, dropped=tuple(dropped), manifest=MANIFEST)
 
@@ -246,6 +248,11 @@ def identity(atoms: Sequence[Mapping[str, Any]]) -> str:
     return hash_text(canonical_json(facts))
 
 
+def own_sum(manifest: Mapping[str, Any]) -> str:
+    """`sum` of a manifest: over all that it says but this, and how it was converted, which is added later."""
+    return hash_text(canonical_json({k: v for k, v in manifest.items() if k not in (SUM, "conversion")}))
+
+
 def _files(
     sums: Mapping[str, FileSums], copies: Mapping[str, Path], made: Mapping[str, bytes], *, sha256: bool
 ) -> list[Json]:
@@ -360,6 +367,8 @@ class _Folder:
             if identity(list(self.entries.values())) != self.manifest["id"]:
                 raise UsageError(f"`{self.path}`: `id` is not that of the tensors listed: the manifest was changed")
             self._check_rest()
+            if SUM in self.manifest and own_sum(self.manifest) != self.manifest[SUM]:
+                raise UsageError(f"`{self.path}` was changed: its checksum `{SUM}` is another one")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise UsageError(f"`{self.path}` is damaged: {type(error).__name__}: {error}") from None
 

@@ -336,7 +336,10 @@ def _dropped(content: Content, writing: Writing) -> Iterator[str]:
     if extra > 0 and not writing.keep_padding:
         yield f"{extra} padding rows of the vocabulary"
     if content.model.hf_config is None:
-        yield f"no `config.json` came along: a new one says `model_type: {content.model.family}`"
+        yield (
+            f"no `config.json` came along: a new one says `model_type: {content.model.family}`, and nothing of "
+            "`eos_token_id`, `bos_token_id` and what else only the first one said (`--config HF_FOLDER` brings it)"
+        )
 
 
 def _json(value: object) -> bytes:

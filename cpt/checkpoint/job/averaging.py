@@ -14,6 +14,7 @@ from cpt.checkpoint.arrays import Files
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.job.planning import VERSION, Plan, Request, refuse_one_in_the_other, state_of_files
+from cpt.checkpoint.verify import open_checked
 
 
 def plan(
@@ -45,9 +46,9 @@ def plan(
         for text in one.notes:
             note(text)
         found.append(one)
-        opened.append((known[one.format].open(one.folder, Reading()), weight))
+        opened.append((open_checked(known[one.format], one.folder, Reading()), weight))
     mean = average.content(opened, Files())
-    if mean.padded_vocab_size is None and any(c.padded_vocab_size for c, _ in opened):
+    if any(_has_padding(c) for c, weight in opened if weight > 0) and not _has_padding(mean):
         note("the members have different padding rows of the vocabulary: they are left out")
     to = to or (found[0].format if found[0].format in writable else "hf")
     writing = dataclasses.replace(writing, optimizer="none")
@@ -65,3 +66,7 @@ def plan(
         options={"average": [[str(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}
         | ({"dtype": writing.dtype} if writing.dtype else {}),
     )
+
+
+def _has_padding(content: Content) -> bool:
+    return any(a.pad for a in content.atoms.values())

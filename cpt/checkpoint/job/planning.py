@@ -17,7 +17,7 @@ from cpt.checkpoint import find, pipeline_layout
 from cpt.checkpoint.content import Content, Layout
 from cpt.checkpoint.find import Found
 from cpt.checkpoint.formats import Output, Reading, Writing
-from cpt.checkpoint.verify import with_listed_sums
+from cpt.checkpoint.verify import open_checked
 from cpt.checkpoint.writing import BLOCK
 
 VERSION = 1  # of the bytes that equal options give; raised when a release writes other ones
@@ -112,8 +112,9 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     for text in found.notes:
         note(text)
     with_optimizer = request.reading.optimizer and request.writing.optimizer != "none"
-    content = known[found.format].open(found.folder, dataclasses.replace(request.reading, optimizer=with_optimizer))
-    content = with_listed_sums(dataclasses.replace(content, files={**content.files, **request.files}))
+    reading = dataclasses.replace(request.reading, optimizer=with_optimizer)
+    content = open_checked(known[found.format], found.folder, reading)
+    content = dataclasses.replace(content, files={**content.files, **request.files})
     _refuse_what_is_not_there(request, found, content)
     if request.pipeline_layout is not None:
         request = _with_layers(request, content.model.num_layers)

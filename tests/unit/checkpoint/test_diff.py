@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpt.checkpoint.formats.hf as hf
+from cpt.checkpoint import hf_config
 from cpt.checkpoint.arrays import Array, Files, itemsize
 from cpt.checkpoint.content import Content, Optimizer
 from cpt.checkpoint.diff import Difference, diff
@@ -156,3 +157,14 @@ def test_hugging_face_folders_in_one_and_in_many_files_are_equal(tmp_path: Path)
     a, b = (hf.HuggingFace.open(folder, Reading()) for folder in (one, many))
     assert compared(a, b).is_equal
     assert not compared(a, made, weights=True).tensors
+
+
+def test_another_sliding_window_is_a_difference(tmp_path: Path) -> None:
+    a = content(tmp_path / "a")
+    config = hf_config.config_for(dataclasses.replace(a.model, family="mistral"))
+    sides = [
+        dataclasses.replace(a, model=dataclasses.replace(a.model, hf_config=config | {"sliding_window": window}))
+        for window in (16, None)
+    ]
+    assert compared(*sides).fields == (("model `sliding_window`", 16, "none"),)
+    assert compared(sides[0], sides[0]).is_equal

@@ -319,3 +319,23 @@ def test_megatron_s_own_checkpoints_have_one_id(tmp_path: Path) -> None:
         ids[name] = atoms.id
         assert atoms.optimizer == Optimizer(step=7, groups=atoms.optimizer.groups if atoms.optimizer else ())
     assert len(set(ids.values())) == 1, ids
+
+
+@pytest.mark.parametrize("key", ["step", "iteration", "lr", "source"])
+def test_the_manifest_finds_its_own_changes(tmp_path: Path, key: str) -> None:
+    folder = made.write(made.content(tmp_path / "made"), "atom", tmp_path / "atom")
+    value = manifest(folder)
+    (folder / "atom.json").write_text(json.dumps({**value, "conversion": {"id": "added later"}}, indent=3))
+    AtomFormat.open(folder, Reading())
+    if key == "lr":
+        value["groups"][0]["lr"] *= 2
+    elif key == "source":
+        value["source"]["format"] = "hf"
+    else:
+        value[key] += 1
+    (folder / "atom.json").write_text(json.dumps(value))
+    with pytest.raises(UsageError, match=r"atom\.json` was changed: its checksum `sum` is another one"):
+        AtomFormat.open(folder, Reading())
+    del value["sum"]  # a folder of an earlier release has none
+    (folder / "atom.json").write_text(json.dumps(value))
+    AtomFormat.open(folder, Reading())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint.content import Layout
-from cpt.checkpoint.hf_config import config_for
+from cpt.checkpoint.hf_config import config_for, parse
 from cpt.checkpoint.megatron_args import knows_vocab_size, to_args, to_model
 from cpt.plan.types import ModelConfig
 
@@ -176,3 +176,42 @@ def test_an_uneven_pipeline_is_in_the_arguments() -> None:
     uneven = to_args(PLAIN, layout=Layout(pp=2, layers=(2, 3)), padded_vocab_size=301, dtype="float32")
     assert uneven["pipeline_model_parallel_layout"] == "Ett|tttL"
     assert uneven["make_vocab_size_divisible_by"] == 301
+
+
+def _parsed(family: str, **said: Any) -> ModelConfig:
+    return parse(config_for(MODELS[family], "bfloat16") | {"eos_token_id": 2, "bos_token_id": 1} | said)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_all_that_a_config_said_comes_back(family: str) -> None:
+    model = _parsed(family)
+    assert to_model(args_of(model), "common.pt") == model
+
+
+def test_a_sliding_window_comes_back() -> None:
+    model = _parsed("mistral", sliding_window=16)
+    assert model.max_position_embeddings == 16
+    found = to_model(args_of(model), "common.pt")
+    assert found == model and found.hf_config is not None
+    assert (found.hf_config["sliding_window"], found.hf_config["max_position_embeddings"]) == (16, 512)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position_embeddings": 1024},
+        {"rotary_base": 7},
+        {"vocab_size": 300},
+        {"num_query_groups": 2},
+        {"hf_config": "{"},
+        {"hf_config": "[1]"},
+    ],
+)
+def test_a_config_that_the_arguments_contradict_is_not_taken(change: dict[str, Any]) -> None:
+    assert to_model(args_of(_parsed("llama"), **change), "common.pt").hf_config is None
+
+
+def test_a_changed_models_config_says_the_change() -> None:
+    model = dataclasses.replace(_parsed("llama"), max_position_embeddings=2048)
+    found = to_model(args_of(model), "common.pt").hf_config
+    assert found is not None and (found["max_position_embeddings"], found["eos_token_id"]) == (2048, 2)

@@ -13,7 +13,7 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint import verify
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.formats import Writing
-from cpt.checkpoint.job import planning
+from cpt.checkpoint.job import averaging, planning
 from cpt.checkpoint.job.convert import convert
 from tests.made_checkpoints import content, write
 from tests.shared import shared_data
@@ -166,3 +166,24 @@ print(json.dumps({"good": report.is_good, "bytes": report.nbytes, "grown": most 
     found = json.loads(ran.stdout)
     assert found["good"] and found["bytes"] > 150 << 20
     assert found["grown"] < 60 << 20, f"{found['grown'] >> 20} MiB"
+
+
+@pytest.mark.parametrize("name", ["hf", "megatron", "atom", "torch_dist"])
+def test_no_conversion_uses_a_small_file_that_was_changed(tmp_path: Path, name: str) -> None:
+    writing = Writing(vocabulary_multiple=16)
+    source = write(content(tmp_path / "made", optimizer=name != "hf"), "torch_dist", tmp_path / "td", writing)
+    request = planning.Request(source=source, out=tmp_path / "out", to=name, writing=writing)
+    folder = convert(planning.plan(request)).folder
+    listed = verify.file_sums(folder)
+    small = [s.file for s in listed if s.file.suffix == ".json" or s.file.name in (".metadata", "common.pt")]
+    assert len(small) >= {"hf": 1, "megatron": 0, "atom": 1, "torch_dist": 3}[name]
+    for file in small:
+        good = file.read_bytes()
+        file.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+        with pytest.raises(UsageError, match=f"`{file.name}` has other bytes than were written"):
+            planning.plan(planning.Request(source=tmp_path / "out", out=tmp_path / "again", to="atom"))
+        with pytest.raises(UsageError, match=f"`{file.name}` has other bytes than were written"):
+            averaging.plan([(tmp_path / "out", 1.0)], tmp_path / "again", "hf", Writing())
+        assert any(f"`{file.name}` has other bytes" in line for line in verify.verify(folder))
+        file.write_bytes(good)
+    planning.plan(planning.Request(source=tmp_path / "out", out=tmp_path / "again", to="atom"))
