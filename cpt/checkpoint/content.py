@@ -100,6 +100,8 @@ class Content:
         files: files to take along by their names in a Hugging Face folder (config.json, tokenizer, ...).
         layout: of the ranks that wrote it, where the format shows it.
         unrounded: atoms whose `model` is declared not to be `fp32` rounded (stochastic rounding, FP8); both are kept.
+        from_main: atoms whose weight is read from `fp32`, because it is wanted in another dtype than `model` has and
+            `fp32` is kept beside it (see `Writing.with_weights_from_main`).
         id: of an atom checkpoint, the same for equal training states.
         left_out: one line for each thing that the format holds and this content does not; `LEFT_OPTIMIZER` where
             there is optimizer state that was not to be read.
@@ -120,6 +122,7 @@ class Content:
     files: Mapping[str, Path] = field(default_factory=dict)
     layout: Layout | None = None
     unrounded: frozenset[str] = frozenset()
+    from_main: frozenset[str] = frozenset()
     id: str | None = None
     left_out: tuple[str, ...] = ()
     crc32: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
@@ -137,4 +140,6 @@ class Content:
     def array(self, atom: str, state: str, pad: bool = False) -> Array:
         """Where a state lies; the weight of a checkpoint without `model` is its `fp32`, to be rounded."""
         states = self.atoms[atom].pad if pad else self.atoms[atom].states
+        if state == MODEL and atom in self.from_main and MAIN in states:
+            return states[MAIN]
         return states[state] if state in states else states[MAIN if state == MODEL else MODEL]

@@ -313,7 +313,7 @@ def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> No
 def _show(plan: Plan, json: bool) -> int:
     """The plan, for `--dry-run`."""
     from cpt.checkpoint.job import place as where
-    from cpt.checkpoint.job.record import dropped
+    from cpt.checkpoint.job.record import dropped, weights_from
 
     where.check_names(plan)
     there = where.done_already(plan)
@@ -338,6 +338,7 @@ def _show(plan: Plan, json: bool) -> int:
                 "files": {f.name: f.nbytes for f in output.files},
                 "copies": sorted(output.copies),
                 "bytes": plan.nbytes,
+                "weights": weights_from(plan),
                 "dropped": list(dropped(plan)),
                 "there_already": there,
             }
@@ -355,6 +356,7 @@ def _show(plan: Plan, json: bool) -> int:
         ("files", f"{len(output.files):,} and {len(output.copies):,} copied, {show_bytes(plan.nbytes)}"),
         *(("", f"{f.name} {show_bytes(f.nbytes)}") for f in output.files[:_MOST]),
         *([("", f"and {len(output.files) - _MOST:,} more")] if len(output.files) > _MOST else []),
+        *([("weights", weights)] if (weights := weights_from(plan)) else []),
         *_listed("dropped", dropped(plan)),
         ("id", plan.id[:12] + (", there already: nothing to do" if there else "")),
     ]
@@ -393,6 +395,7 @@ def _report(plan: Plan, report: Report) -> str:
             if report.rounded or plan.options.get("dtype")
             else []
         ),
+        *([("weights", report.weights)] if report.weights else []),
         *_listed("dropped", report.dropped),
         ("checked", _checked(report)),
         ("id", report.id[:12]),

@@ -11,10 +11,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cpt.checkpoint import find, master
+from cpt.checkpoint.arrays import Files
+from cpt.checkpoint.content import Content
+from cpt.checkpoint.formats import Reading
 from tests import command, made_checkpoints
-from tests.checkpoints import PLAIN, write_hf
+from tests.checkpoints import PLAIN, values, write_hf
 from tests.cli.test_convert_ckpt import children, content, cpt, journal, none_lives, refused, start
 from tests.shared import shared_data
 
@@ -39,6 +44,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("formats")
     given = made_checkpoints.content(root / "made", MODEL, padded=PADDED)
     return {name: made_checkpoints.write(given, name, root / name) for name in SOURCES}
+
+
+def open_any(folder: Path) -> Content:
+    found = find.find(folder)
+    return find.known()[found.format].open(found.folder, Reading())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -176,3 +186,46 @@ def test_what_only_the_config_says_comes_back_from_every_format(middle: str, tmp
         assert ended.code == 0, ended.err
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "out"))
     assert before == after and after["sliding_window"] == 16
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("target", ["torch_dist", "dp_reshardable", "plain", "megatron", "atom"])
+def test_weights_of_another_dtype_are_their_main_weights_rounded(
+    dtype: str, target: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = [*TARGETS[target], "--dtype", dtype, "--json", "--quiet"]
+    ended = command.cpt("convert-ckpt", str(sources["torch_dist"]), str(tmp_path / "out"), *flags)
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert "from the fp32 main weights" in report["weights"]
+    before = open_any(sources["torch_dist"])
+    count = 0
+    with Files() as files:
+        made = open_any(tmp_path / "out")
+        assert not master.check(made, files)
+        for name, atom in before.atoms.items():
+            main = values(before, name, "fp32").astype(np.float32)
+            wanted = main.astype(np.float16) if dtype == "fp16" else main
+            count += int((wanted.astype(np.float32) != main).sum())
+            assert made.atoms[name].dtype == {"fp16": "float16", "fp32": "float32"}[dtype]
+            if "model" in made.atoms[name].states:
+                assert np.array_equal(values(made, name, "model").view(wanted.dtype), wanted)
+            assert np.array_equal(values(made, name, "fp32"), main)
+    assert report["rounded_values"] >= (0 if target == "atom" else count)
+    assert (report["rounded_values"] == 0) == (dtype == "fp32" or target == "atom")
+
+
+def test_a_hugging_face_folder_takes_the_weights_of_the_model_and_says_so(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    found = []
+    for name, extra in (("weights", []), ("main", ["--from-master"])):
+        out = str(tmp_path / name)
+        flags = ["--to", "hf", "--dtype", "fp32", *extra, "--json", "--quiet"]
+        ended = command.cpt("convert-ckpt", str(sources["torch_dist"]), out, *flags)
+        assert ended.code == 0, ended.err
+        found.append(json.loads(ended.out)["weights"])
+    assert "from the model's weights; `--from-master`" in found[0] and "from the fp32 main weights" in found[1]
+    made, main = (open_any(tmp_path / name) for name in ("weights", "main"))
+    name = next(iter(made.atoms))
+    assert not np.array_equal(values(made, name, "model"), values(main, name, "model"))

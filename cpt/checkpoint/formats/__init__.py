@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 from cpt.base.registry import Registry
 from cpt.checkpoint.arrays import OutFile
-from cpt.checkpoint.content import Content, Layout
+from cpt.checkpoint.content import MAIN, Content, Layout
 from cpt.checkpoint.layouts import pad_vocabulary
 from cpt.checkpoint.writing import FileSums
 
@@ -83,6 +84,13 @@ class Writing:
             for name, atom in content.atoms.items()
         }
 
+    def with_weights_from_main(self, content: Content) -> Content:
+        """The content to plan a folder with that keeps main weights: a weight of another dtype is its main weight
+        rounded once, because rounding the source's rounded weight again gives other values."""
+        dtypes = self.weight_dtypes(content)
+        changed = (a for a in content.atoms.values() if MAIN in a.states and dtypes[a.name] != a.dtype)
+        return dataclasses.replace(content, from_main=frozenset(a.name for a in changed))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -117,6 +125,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     can_write: ClassVar[bool] = True
+    keeps_optimizer: ClassVar[bool] = True  # whether a folder has a place for main weights and moments
 
     @classmethod
     @abstractmethod

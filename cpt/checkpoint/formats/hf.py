@@ -59,6 +59,7 @@ class Found:
 @FORMATS.add("hf")
 class HuggingFace(Format):
     name: ClassVar[str] = "hf"
+    keeps_optimizer: ClassVar[bool] = False
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:

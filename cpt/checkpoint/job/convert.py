@@ -21,7 +21,7 @@ from cpt.checkpoint.job.journal import NAME as JOURNAL
 from cpt.checkpoint.job.journal import Entry, Journal, open_journal
 from cpt.checkpoint.job.look import Facts, findings
 from cpt.checkpoint.job.planning import Plan, Running, state_of_files
-from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, with_record
+from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, weights_from, with_record
 from cpt.checkpoint.job.work import CHECK, REREAD, WRITE, Task, Worker, crc32_from_disk, not_as_written
 from cpt.checkpoint.writing import FileSums
 
@@ -312,6 +312,7 @@ class _Job:
             workers=self.running.workers,
             tensors=len(self.plan.content.atoms),
             rounded=self.facts.rounded,
+            weights=weights_from(self.plan),
             dropped=dropped(self.plan),
             findings=tuple(findings(self.facts, self.plan.content)),
             checksums=self.worker.sums.count,

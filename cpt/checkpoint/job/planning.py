@@ -118,6 +118,8 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     _refuse_what_is_not_there(request, found, content)
     if request.pipeline_layout is not None:
         request = _with_layers(request, content.model.num_layers)
+    if with_optimizer and target.keeps_optimizer:
+        content = request.writing.with_weights_from_main(content)
     output = target.plan(content, request.writing)
     identity = state_of_files(found.folder)
     options = _options(request)

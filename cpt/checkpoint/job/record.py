@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cpt import __version__
-from cpt.checkpoint.content import LEFT_OPTIMIZER
+from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL
 from cpt.checkpoint.job.look import Facts, Finding, findings
 from cpt.checkpoint.job.place import KEY
 from cpt.checkpoint.job.planning import VERSION, Plan
@@ -34,7 +34,8 @@ class Report:
         seconds: of this run.
         peak_memory: anonymous memory of the process that had most [bytes].
         tensors: logical ones.
-        rounded: values that another dtype changed.
+        rounded: values that another dtype changed: of the weights that it was made of (see `weights_from`).
+        weights: that line.
         dropped: one line for each thing of the source that is not in the folder.
         findings: what is odd about values.
         checksums: stretches of the source whose checksum was verified.
@@ -53,6 +54,7 @@ class Report:
     workers: int = 0
     tensors: int = 0
     rounded: int = 0
+    weights: str | None = None
     dropped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     checksums: int = 0
@@ -80,6 +82,7 @@ class Report:
             "workers": self.workers,
             "tensors": self.tensors,
             "rounded_values": self.rounded,
+            "weights": self.weights,
             "dropped": list(self.dropped),
             "values": [f.to_json() for f in self.findings],
             "source_checksums": self.checksums,
@@ -93,6 +96,22 @@ def dropped(plan: Plan) -> tuple[str, ...]:
     asked = plan.request.writing.optimizer == "none"
     left = (f"{text}, as asked" if asked and text == LEFT_OPTIMIZER else text for text in plan.content.left_out)
     return tuple(dict.fromkeys((*left, *plan.output.dropped)))
+
+
+def weights_from(plan: Plan) -> str | None:
+    """Which weights another dtype was made of, where the source has main weights; None = there was no choice."""
+    writing, atoms = plan.request.writing, plan.content.atoms.values()
+    if writing.dtype is None:
+        return None
+    if LEFT_OPTIMIZER in plan.content.left_out:
+        return "of another dtype from the model's weights; the main weights are left out, as asked"
+    if not any(MAIN in a.states for a in atoms):
+        return None
+    if writing.from_master or all(a.name in plan.content.from_main or MODEL not in a.states for a in atoms):
+        return "of another dtype from the fp32 main weights"
+    if plan.content.from_main or plan.request.to != "hf":
+        return "of another dtype from the fp32 main weights, where there are some"
+    return "of another dtype from the model's weights; `--from-master` takes the fp32 main weights"
 
 
 def record(plan: Plan, facts: Facts, *, checksums: int, compared: bool) -> dict[str, Any]:
