@@ -203,7 +203,7 @@ def test_weights_of_another_dtype_are_their_main_weights_rounded(
     with Files() as files:
         made = open_any(tmp_path / "out")
         assert not master.check(made, files)
-        for name, atom in before.atoms.items():
+        for name in before.atoms:
             main = values(before, name, "fp32").astype(np.float32)
             wanted = main.astype(np.float16) if dtype == "fp16" else main
             count += int((wanted.astype(np.float32) != main).sum())
