@@ -3,7 +3,7 @@
     OUT/iter_0000007/, hf/, atom/                      a checkpoint
     latest_checkpointed_iteration.txt, iter_*/         Megatron's folder of steps; the file holds a number or `release`
     latest_universal, global_step*_universal/          DeepSpeed's
-    RUN/stages/<stage>/{checkpoints,hf}/               a run of ours, and each of its stages
+    RUN/stages/<stage>/{checkpoints,hf,megatron,atom}/ a run of ours, and each of its stages
 
 Only names and small files are looked at.
 """
@@ -15,7 +15,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpt.base.errors import UsageError
@@ -27,8 +27,13 @@ PARTIAL = ".partial"  # of an unfinished conversion
 UNIVERSAL = "latest_universal"
 _UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
 _RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,}){0,2}")
+RESULTS = ("hf", "megatron", "atom")  # folders that stages of kind `convert` leave
 # A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
 _ORDER = ("atom", "torch_dist", "megatron", "ds-universal", "hf")
+
+
+class NotWhole(UsageError):
+    """A checkpoint is meant that was never finished, or is not all there any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +53,8 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A folder of one step; `step` None: `release`."""
+class Candidate:
+    """A folder of one step; `step` None: `release`, or a checkpoint whose folder's name says none."""
 
     folder: Path
     step: int | None
@@ -89,10 +94,37 @@ def find(path: Path, step: int | None = None) -> Found:
     for folder in store.checkpoint_folders(path):
         if folder != path and (candidates := list(_candidates(folder))):
             return _chosen(folder, candidates, step)
-    exported = store.hugging_face(path)
-    if exported is not None:
-        return Found(folder=exported, format="hf", notes=(f"`{exported}` is taken",))
+    for folder in _results(path) if not _is_atom_without_manifest(path) else ():  # whose `hf/` is no checkpoint
+        found = find(folder, step)
+        return replace(found, notes=(*found.notes, f"`{found.folder}` is taken"))
     raise _unknown(path)
+
+
+def listed(path: Path) -> list[Candidate]:
+    """Every checkpoint of a path, oldest first: the path itself, steps in it, or all that a run or stage holds."""
+    if not path.is_dir():
+        raise _not_a_folder(path)
+    if store.is_folder_name(path.name) or (recognise(path) is not None and not any(_candidates(path))):
+        return [Candidate(path, _step_of(path.resolve()), why_not_whole(path))]
+    found: list[Candidate] = []
+    for folder in reversed(store.checkpoint_folders(path)):
+        found += _candidates(folder)
+    for result in reversed(list(_results(path))):
+        found += list(_candidates(result)) or [Candidate(result, None, why_not_whole(result))]
+    return found
+
+
+def _is_atom_without_manifest(path: Path) -> bool:
+    return any(path.glob("atoms-*.safetensors"))
+
+
+def _results(path: Path) -> Iterator[Path]:
+    """Folders that the conversions of a run or a stage left, the last stage's first."""
+    for folder in store.checkpoint_folders(path):
+        home = folder.parent if folder.name == "checkpoints" and folder != path else folder
+        for name in RESULTS:
+            if (home / name).is_dir() and (recognise(home / name) is not None or any(_candidates(home / name))):
+                yield home / name
 
 
 def why_not_whole(folder: Path) -> str | None:
@@ -121,7 +153,7 @@ def _itself(path: Path, name: str, step: int | None) -> Found:
     return Found(folder=path, format=name, step=own)
 
 
-def _candidates(path: Path) -> Iterator[_Candidate]:
+def _candidates(path: Path) -> Iterator[Candidate]:
     """Folders of steps inside a folder, oldest first; `release` comes last."""
     steps = store.steps(path)
     steps += (
@@ -132,14 +164,14 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
     ours = any((folder / manifest.NAME).is_file() for _, folder in steps)
     for number, folder in steps:
         why = why_not_whole(folder)
-        if why is None and ours and not (folder / manifest.NAME).is_file():
+        if ours and not (folder / manifest.NAME).is_file():
             why = "its save never finished (no manifest)"
-        yield _Candidate(folder, number, why)
+        yield Candidate(folder, number, why)
     if (path / store.RELEASE).is_dir():
-        yield _Candidate(path / store.RELEASE, None, why_not_whole(path / store.RELEASE))
+        yield Candidate(path / store.RELEASE, None, why_not_whole(path / store.RELEASE))
 
 
-def _chosen(path: Path, candidates: list[_Candidate], step: int | None) -> Found:
+def _chosen(path: Path, candidates: list[Candidate], step: int | None) -> Found:
     notes: list[str] = []
     if step is not None:
         one = next((c for c in candidates if c.step == step), None)
@@ -151,7 +183,7 @@ def _chosen(path: Path, candidates: list[_Candidate], step: int | None) -> Found
         if one is None:
             one = candidates[-1]
             if len(candidates) > 1:
-                raise UsageError(
+                raise NotWhole(
                     f"`{path}` holds no whole checkpoint", *(f"`{c.folder}`: {c.why_not}" for c in candidates[-3:])
                 )
     name = recognise(one.folder)
@@ -167,7 +199,7 @@ def _chosen(path: Path, candidates: list[_Candidate], step: int | None) -> Found
     return Found(folder=one.folder, format=name, step=one.step, notes=tuple(notes))
 
 
-def _tracked(path: Path, candidates: list[_Candidate], notes: list[str]) -> _Candidate | None:
+def _tracked(path: Path, candidates: list[Candidate], notes: list[str]) -> Candidate | None:
     """What the tracker file names, if that is whole. Of our own saves the newest whole one counts."""
     if any((c.folder / manifest.NAME).is_file() for c in candidates):
         return None
@@ -177,7 +209,9 @@ def _tracked(path: Path, candidates: list[_Candidate], notes: list[str]) -> _Can
         except (OSError, ValueError):
             continue
         one = next((c for c in candidates if word in (c.folder.name, str(c.step), _name(c))), None)
-        if one is None:
+        if not word:
+            notes.append(f"`{path / name}` is empty")
+        elif one is None:
             notes.append(f"`{path / name}` names `{word}`, which is not there")
         elif one.why_not is not None:
             notes.append(f"`{path / name}` names `{word}`, which is not whole: {one.why_not}")
@@ -186,7 +220,7 @@ def _tracked(path: Path, candidates: list[_Candidate], notes: list[str]) -> _Can
     return None
 
 
-def _name(candidate: _Candidate) -> str:
+def _name(candidate: Candidate) -> str:
     return store.RELEASE if candidate.step is None else f"{candidate.step:,}"
 
 
@@ -197,11 +231,11 @@ def _step_of(folder: Path) -> int | None:
     return None
 
 
-def _not_whole(folder: Path, why: str) -> UsageError:
+def _not_whole(folder: Path, why: str) -> NotWhole:
     """Refuses a folder whose save never finished; names the newest whole step beside it."""
     beside = [c for c in _candidates(folder.resolve().parent) if c.why_not is None]
     hints = [f"the newest whole step beside it is `{beside[-1].folder.name}`"] if beside else []
-    return UsageError(f"`{folder}` is not whole: {why}", *hints)
+    return NotWhole(f"`{folder}` is not whole: {why}", *hints)
 
 
 def _not_a_folder(path: Path) -> UsageError:
@@ -221,6 +255,13 @@ def _unknown(path: Path) -> UsageError:
         return UsageError(f"`{path}` is an unfinished conversion", "the command that began it goes on with it")
     if (path / ".metadata").is_file():
         return _not_whole(path, why_not_whole(path) or "")
+    if _is_atom_without_manifest(path):
+        return _not_whole(path, "`atom.json` is missing, which says what its `atoms-*.safetensors` hold")
+    if any(any(path.glob(p + n)) for p in ("", "global_step*/") for n in ("*_optim_states.pt", "mp_rank_*_states.pt")):
+        return UsageError(
+            f"`{path}` is a DeepSpeed checkpoint that is not universal: it has no `zero/`",
+            "run DeepSpeed's `ds_to_universal.py --input_folder IN --output_folder OUT` first, and give OUT",
+        )
     names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
     shown = ", ".join(f"`{n}`" for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     hints = []

@@ -18,6 +18,7 @@ from cpt.cli.where import place
 if TYPE_CHECKING:
     from cpt.checkpoint.content import Optimizer
     from cpt.checkpoint.find import Found
+    from cpt.checkpoint.formats import Reading
     from cpt.checkpoint.manifest import Manifest
     from cpt.plan.types import ModelConfig
 
@@ -35,28 +36,33 @@ One = Annotated[
 Step = Annotated[
     str | None, typer.Option("--step", metavar="STEP", help="Which step.", show_default="the newest whole one")
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="HF_DIR", help="Hugging Face folder that says what the model is."),
+]
+VocabSize = Annotated[
+    int | None,
+    typer.Option("--vocab-size", metavar="N", min=1, help="Of the model, where the checkpoint does not say."),
+]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads.", show_default="one a core")]
 
 
 def list_checkpoints(path: Where, json: Json = False) -> int:
-    """List the checkpoints of a run or stage, and which are whole."""
-    from cpt.checkpoint import manifest, store
+    """List the checkpoints of a run, a stage or a folder of steps, of any format, and which are whole."""
+    from cpt.checkpoint import find, manifest
 
     where = place(path)
     if not where.is_dir():
         raise UsageError(f"`{path}` is not a folder")
-    if store.hugging_face(where) is not None:
-        raise _is_hugging_face(where, "has no checkpoints of steps in it")
     rows: list[dict[str, Any]] = []
-    for folder in reversed(store.checkpoint_folders(where)):
-        other = _other_run(folder, where)
-        for step, checkpoint in store.steps(folder):
-            why = store.why_not_whole(checkpoint)
-            row: dict[str, Any] = {"path": str(checkpoint), "step": step, "whole": why is None, "why_not": why}
-            row["in_run"] = other
-            if why is None:
-                row |= _facts(manifest.read(checkpoint))
-            rows.append(row)
+    for one in find.listed(where):
+        kind = find.recognise(one.folder)
+        row: dict[str, Any] = {"path": str(one.folder), "kind": kind, "step": one.step}
+        row |= {"whole": one.why_not is None, "why_not": one.why_not, "in_run": _other_run(one.folder, where)}
+        if one.why_not is None:
+            is_ours = (one.folder / manifest.NAME).is_file()
+            row |= _facts(manifest.read(one.folder)) if is_ours else {"bytes": sum(_sizes(one.folder).values())}
+        rows.append(row)
     if json:
         result_json(rows)
     elif rows:
@@ -66,14 +72,22 @@ def list_checkpoints(path: Where, json: Json = False) -> int:
     return 0
 
 
-def show(checkpoint: One, step: Step = None, json: Json = False) -> int:
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file by its name in the folder."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def show(
+    checkpoint: One, step: Step = None, config: Config = None, vocab_size: VocabSize = None, json: Json = False
+) -> int:
     """Show what a checkpoint is: model, step, layout, optimizer, size, versions. Reads no values and runs no pickle."""
     from cpt.checkpoint import manifest
+    from cpt.checkpoint.formats import Reading
 
     found = _found(checkpoint, step)
     if (found.folder / manifest.NAME).is_file():
         return _show_native(found.folder, json)
-    return _show_content(found, json)
+    return _show_content(found, Reading(config=config, vocab_size=vocab_size), json)
 
 
 def _found(checkpoint: str, step: str | None) -> Found:
@@ -93,7 +107,7 @@ def _show_native(folder: Path, json: bool) -> int:
     from cpt.checkpoint import manifest
 
     if json:
-        result_json({"path": str(folder), "kind": "native", **read_json(folder / manifest.NAME)})
+        result_json({"path": str(folder), "kind": "torch_dist", **read_json(folder / manifest.NAME)})
         return 0
     found = manifest.read(folder)
     model, origin = found.model, found.origin
@@ -118,24 +132,25 @@ def _show_native(folder: Path, json: bool) -> int:
     return 0
 
 
-def _show_content(found: Found, json: bool) -> int:
+def _show_content(found: Found, reading: Reading, json: bool) -> int:
     """What a checkpoint of any format says of itself."""
     from cpt.checkpoint import find, hf_config
     from cpt.checkpoint.content import Content
-    from cpt.checkpoint.formats import Reading
     from cpt.plan.types import to_json
 
     form = find.known()[found.format]
     try:
-        content = form.open(found.folder, Reading())
+        content = form.open(found.folder, reading)
     except UsageError as error:
         if found.format != "hf":
             raise
         warning(f"its weights cannot be used: {error.message}")
-        content = Content(format="hf", path=found.folder, model=hf_config.read_config(found.folder), atoms={})
+        content = Content(
+            format="hf", path=found.folder, model=hf_config.read_config(reading.config or found.folder), atoms={}
+        )
     facts = dict(form.facts(found.folder))
     origin = _origin(found.folder)
-    files = {str(p.relative_to(found.folder)): p.stat().st_size for p in sorted(found.folder.rglob("*")) if p.is_file()}
+    files = _sizes(found.folder)
     dtypes: dict[str, int] = {}
     for atom in content.atoms.values():
         dtypes[atom.dtype] = dtypes.get(atom.dtype, 0) + 1
@@ -199,6 +214,7 @@ _KINDS = {
     "ds-universal": "DeepSpeed universal",
 }
 _MOST_FILES = 8
+_MOST_LINES = 10  # of one kind of difference
 
 
 def _optimizer(optimizer: Optimizer | None) -> str:
@@ -233,20 +249,34 @@ def _columns(lines: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
-def verify(checkpoint: One, step: Step = None, workers: Workers = None, json: Json = False) -> int:
+def verify(
+    checkpoint: One,
+    step: Step = None,
+    config: Config = None,
+    vocab_size: VocabSize = None,
+    workers: Workers = None,
+    json: Json = False,
+) -> int:
     """Read every byte of a checkpoint: structure, checksums, main weights against model weights, odd values.
 
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong with it, 2 when the path is no checkpoint.
     """
     from cpt.base.processes import num_cores
     from cpt.checkpoint import find, store
     from cpt.checkpoint import verify as checks
+    from cpt.checkpoint.formats import Reading
 
     path = place(checkpoint)
     itself = path.is_dir() and (store.is_folder_name(path.name) or find.recognise(path) is not None)
-    folder = path if itself and step is None else _found(checkpoint, step).folder
     begin = time.monotonic()
-    report = checks.inspect(folder, workers=workers or num_cores())
+    try:
+        folder = path if itself and step is None else _found(checkpoint, step).folder
+        reading = Reading(config=config, vocab_size=vocab_size)
+        report = checks.inspect(folder, reading=reading, workers=workers or num_cores())
+    except find.NotWhole as error:
+        folder = path
+        hints = tuple(error.hints) if len(error.hints) > 1 else ()  # one line for each of several steps
+        report = checks.Report(folder=path, format="unknown", wrong=(error.message, *hints))
     seconds = time.monotonic() - begin
     if json:
         result_json(
@@ -281,6 +311,8 @@ def diff(
     weights: Annotated[
         bool, typer.Option("--weights", help="Compare the model and its weights only, no optimizer, padding or step.")
     ] = False,
+    config: Config = None,
+    vocab_size: VocabSize = None,
     json: Json = False,
 ) -> int:
     """Compare two checkpoints of any formats and layouts bit by bit. Exit code 0 when equal, 1 when not."""
@@ -290,7 +322,8 @@ def diff(
     from cpt.checkpoint.formats import Reading
 
     folders = [_found(text, None) for text in (a, b)]
-    contents = [find.known()[f.format].open(f.folder, Reading(optimizer=not weights)) for f in folders]
+    reading = Reading(optimizer=not weights, config=config, vocab_size=vocab_size)
+    contents = [find.known()[f.format].open(f.folder, _needed(reading, f)) for f in folders]
     found = compare.diff(contents[0], contents[1], Files(), weights=weights)
     if json:
         result_json(
@@ -323,13 +356,27 @@ def diff(
         result(f"equal: {found.compared:,} {what} of {folders[0].format} and {folders[1].format}")
         return 0
     lines = [f"{len(found.tensors):,} of {found.compared:,} {what} differ"] if found.tensors else []
-    lines += [f"  {d}" for d in found.tensors]
+    lines += _some([f"  {d}" for d in found.tensors], "tensors and states")
     if not found.tensors:
         lines.append(f"equal values in all {found.compared:,} {what} that both have")
-    lines += [f"only in {(a, b)[side]}: {text}" for side, text in found.only]
-    lines += [f"{name}: {_short(x)} and {_short(y)}" for name, x, y in found.fields]
+    for side, text in enumerate((a, b)):
+        lines += _some([f"only in {text}: {what}" for s, what in found.only if s == side], f"only in {text}")
+    lines += _some([f"{name}: {_short(x)} and {_short(y)}" for name, x, y in found.fields], "fields")
     result("\n".join(lines))
     return FAILED
+
+
+def _needed(reading: Reading, found: Found) -> Reading:
+    """Without what a Hugging Face folder says itself: the options are for what lies beside it."""
+    from dataclasses import replace
+
+    return replace(reading, config=None, vocab_size=None) if found.format == "hf" else reading
+
+
+def _some(lines: list[str], what: str) -> list[str]:
+    """The first of many lines, and how many there are besides."""
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 0 else [*lines[:_MOST_LINES], f"  and {more:,} more {what}; `--json` names all"]
 
 
 def _short(value: object) -> str:
@@ -353,6 +400,8 @@ def average(
         str | None,
         typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the weights.", show_default="as they are"),
     ] = None,
+    config: Config = None,
+    vocab_size: VocabSize = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
     ] = None,
@@ -360,7 +409,7 @@ def average(
 ) -> int:
     """Average the weights of checkpoints of one model, summed in fp64 from unrounded ones; without optimizer state."""
     from cpt.base.processes import num_cores
-    from cpt.checkpoint.formats import Writing
+    from cpt.checkpoint.formats import Reading, Writing
     from cpt.checkpoint.job import averaging
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Running
@@ -370,7 +419,8 @@ def average(
         raise unknown("value for `--dtype`:", dtype, DTYPES)
     given = _weights(weights, len(checkpoints))
     members = [(place(text), weight) for text, weight in zip(checkpoints, given, strict=True)]
-    plan = averaging.plan(members, out, to, Writing(dtype=DTYPES[dtype] if dtype else None), note)
+    reading = Reading(config=config, vocab_size=vocab_size)
+    plan = averaging.plan(members, out, to, Writing(dtype=DTYPES[dtype] if dtype else None), note, reading)
     for text in plan.content.left_out:
         note(f"left out: {text}")
     report = convert(plan, Running(workers=workers or num_cores()), command="cpt ckpt average")
@@ -398,12 +448,6 @@ def _weights(text: str | None, count: int) -> list[float]:
     return found
 
 
-def _is_hugging_face(path: Path, why: str) -> UsageError:
-    return UsageError(
-        f"`{path}` is a Hugging Face folder, which {why}", f"`cpt ckpt show {path}` shows its model and its files"
-    )
-
-
 def _model(model: ModelConfig) -> str:
     return (
         f"{model.family}, {show_count(model.num_parameters)} parameters, {model.num_layers} layers of "
@@ -411,10 +455,13 @@ def _model(model: ModelConfig) -> str:
     )
 
 
-def _other_run(checkpoints: Path, asked: Path) -> str | None:
-    """The run that a stage's checkpoints are taken from, when it is not the one that was asked for."""
-    folder, root = checkpoints.resolve(), asked.resolve()
-    return None if folder.is_relative_to(root) else folder.parents[2].name
+def _other_run(checkpoint: Path, asked: Path) -> str | None:
+    """The run that a stage's result is taken from, when it is not the one that was asked for."""
+    folder, root = checkpoint.resolve(), asked.resolve()
+    if folder.is_relative_to(root):
+        return None
+    stages = next((p for p in folder.parents if p.name == "stages"), None)
+    return stages.parent.name if stages is not None else None
 
 
 def _layout(found: Manifest) -> str:
@@ -440,17 +487,19 @@ def _in(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = ("stage", "step", "tokens", "phase", "layout", "size", "path")
+    head = ("stage", "step", "tokens", "phase", "layout", "size", "kind", "path")
     lines = [head]
     for row in rows:
+        path = Path(row["path"])
+        stage = row.get("stage") or next((p.name for p in path.parents if p.parent.name == "stages"), "–")
+        step = "–" if row["step"] is None else f"{row['step']:,}"
+        kind = row["kind"] or "–"
         if row["whole"]:
-            numbers = (f"{row['step']:,}", show_count(row["tokens"]), row["phase"], row["layout"])
-            lines.append((row["stage"] or "–", *numbers, show_bytes(row["bytes"]), row["path"] + _in(row)))
+            tokens = show_count(row["tokens"]) if "tokens" in row else "–"
+            facts = (tokens, row.get("phase", "–"), row.get("layout", "–"), show_bytes(row["bytes"]))
+            lines.append((stage, step, *facts, kind, row["path"] + _in(row)))
         else:
-            stage = Path(row["path"]).parents[1].name
-            lines.append(
-                (stage, f"{row['step']:,}", "–", "not whole", "–", "–", f"{row['path']}{_in(row)}: {row['why_not']}")
-            )
+            lines.append((stage, step, "–", "not whole", "–", "–", kind, f"{path}{_in(row)}: {row['why_not']}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     right = (1, 2, 5)
     return "\n".join(

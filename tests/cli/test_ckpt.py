@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_every_format_is_shown_and_verified(formats: dict[str, Path], name: str)
     shown = json.loads(cpt("ckpt", "show", str(formats[name]), "--json").stdout)
     assert shown["model"]["head_dim"] == 6
     if name == "torch_dist":  # ours has a manifest that says more
-        assert shown["kind"] == "native" and shown["optimizer"]["step"] == 7
+        assert shown["kind"] == name and shown["optimizer"]["step"] == 7
     else:
         assert shown["kind"] == name and shown["dtypes"] == {"bfloat16": 30} and "30: 30 bfloat16" in done.stdout
     done = cpt("ckpt", "verify", str(formats[name]), "--json", "--workers", "2")
@@ -156,10 +157,54 @@ def test_one_training_state_is_equal_in_all_formats(formats: dict[str, Path], na
 def test_a_difference_is_told_with_index_and_values(formats: dict[str, Path]) -> None:
     done = cpt("ckpt", "diff", str(formats["hf"]), str(formats["other"]), "--weights")
     assert done.returncode == 1 and done.stdout.startswith("30 of 30 weights differ\n")
-    assert "`model.norm.weight` model: 16 of 16 values differ, first at [0]: " in done.stdout
+    assert "`model.embed_tokens.weight` model: 720 of 720 values differ, first at [0, 0]: " in done.stdout
+    assert len(done.stdout.splitlines()) == 12 and "  and 20 more tensors and states; `--json` names all" in done.stdout
     done = cpt("ckpt", "diff", str(formats["hf"]), str(formats["atom"]))
     assert done.returncode == 1 and "only in" in done.stdout and "exp_avg of `model.embed_tokens.weight`" in done.stdout
     assert "equal values in all 30 tensors and states that both have" in done.stdout
+
+
+def test_folders_of_steps_of_every_format_are_listed(formats: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("torch_dist", "megatron"):
+        for step in (3, 10):
+            shutil.copytree(formats[name], tmp_path / name / f"iter_{step:07d}")
+            (tmp_path / name / f"iter_{step:07d}" / "manifest.json").unlink(missing_ok=True)  # as Megatron leaves it
+        shutil.copytree(formats[name], tmp_path / name / "release")
+    (tmp_path / "torch_dist" / "release" / "manifest.json").unlink()
+    (tmp_path / "torch_dist" / "iter_0000010" / "metadata.json").unlink()
+    for name, whole in (("torch_dist", [True, False, True]), ("megatron", [True] * 3)):
+        rows = json.loads(cpt("ckpt", "list", str(tmp_path / name), "--json").stdout)
+        assert [(r["kind"], r["step"], r["whole"]) for r in rows] == [
+            (name, step, good) for step, good in zip((3, 10, None), whole, strict=True)
+        ]
+    done = cpt("ckpt", "list", str(tmp_path / "torch_dist"))
+    assert "not whole" in done.stdout.splitlines()[2] and "its save never finished" in done.stdout
+    for name in ("hf", "atom"):
+        (row,) = json.loads(cpt("ckpt", "list", str(formats[name]), "--json").stdout)
+        assert (row["kind"], row["whole"], row["step"]) == (name, True, None) and row["bytes"] > 10_000
+
+
+def test_what_is_wrong_with_a_checkpoint_is_1_and_what_is_none_is_2(formats: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("torch_dist", "atom"):
+        shutil.copytree(formats[name], tmp_path / name)
+    (tmp_path / "torch_dist" / "__0_0.distcp").unlink()
+    (tmp_path / "atom" / "atom.json").unlink()
+    for name, words in (("torch_dist", "`__0_0.distcp` is missing"), ("atom", "`atom.json` is missing")):
+        done = cpt("ckpt", "verify", str(tmp_path / name))
+        assert done.returncode == 1 and words in done.stdout and done.stderr == "", done
+    done = cpt("ckpt", "verify", str(tmp_path / "atom"), "--json")
+    assert done.returncode == 1 and not json.loads(done.stdout)["good"]
+    assert cpt("ckpt", "verify", str(tmp_path)).returncode == 2
+    assert cpt("ckpt", "verify", "").returncode == 2
+
+
+def test_a_config_says_what_a_checkpoint_does_not(formats: dict[str, Path], tmp_path: Path) -> None:
+    golden = shared_data("ckpt", "mcore-goldens", "td_nodistopt_tp2", "iter_0000007")
+    done = cpt("ckpt", "show", str(golden), "--config", str(formats["hf"]))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, "another model"
+    for words in (("verify",), ("diff", str(formats["hf"])), ("average", "--out", str(tmp_path / "out"))):
+        done = cpt("ckpt", words[0], str(formats["hf"]), *words[1:], "--config", str(formats["hf"]))
+        assert done.returncode == 0, done.stderr
 
 
 def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tmp_path: Path) -> None:
@@ -188,6 +233,7 @@ def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tm
     for flags, words_ in (
         (("--weights", "1"), "names 1 numbers for 2"),
         (("--weights", "a,b"), "is not a list of numbers"),
+        (("--weights", "1e308,1e308"), "their sum is no number"),
         (("--to", "hff"), "did you mean `hf`"),
         (("--dtype", "int8"), "unknown value"),
     ):

@@ -10,7 +10,7 @@ Keys of tensors are `<atom>#fp32`, `#exp_avg`, `#exp_avg_sq`; `#model` only wher
 Two conversions of one training state have the same `id`, whatever layout they came from and however the tensors are
 packed into files: it is the SHA-256 over name, shape, dtype and CRC-32 of each state of each atom. Padding rows are not
 in it, because their number follows from the layout. `sum` is the SHA-256 over all else that the manifest says of the
-state (its keys but `sum` itself and `conversion`, as canonical JSON), so that a changed step or hyperparameter is found.
+state (its keys but `sum` and `conversion`, as canonical JSON), so that a changed step or hyperparameter is found.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ Json = dict[str, Any]
 @FORMATS.add("atom")
 class AtomFormat(Format):
     name: ClassVar[str] = "atom"
+    has_id: ClassVar[bool] = True
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:

@@ -15,6 +15,7 @@ from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.job.planning import VERSION, Plan, Request, refuse_one_in_the_other, state_of_files
 from cpt.checkpoint.verify import open_checked
+from cpt.plan.types import to_json
 
 
 def plan(
@@ -23,6 +24,7 @@ def plan(
     to: str | None,
     writing: Writing,
     note: Callable[[str], None] = lambda text: None,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
 ) -> Plan:
     """Open the members and plan the folder of their average; writes nothing, reads values for the master test only.
 
@@ -30,6 +32,7 @@ def plan(
         members: any folders that `find` knows, and how much of each goes in.
         to: a format's name; None = that of the first member, or `hf` where that is read only.
         note: called with one line for a person.
+        reading: how those are read that are no Hugging Face folders.
 
     Raises:
         UsageError: as `average.content`, `find`, the formats' `open` and `plan`.
@@ -46,7 +49,8 @@ def plan(
         for text in one.notes:
             note(text)
         found.append(one)
-        opened.append((open_checked(known[one.format], one.folder, Reading()), weight))
+        how = Reading() if one.format == "hf" else reading
+        opened.append((open_checked(known[one.format], one.folder, how), weight))
     mean = average.content(opened, Files())
     if any(_has_padding(c) for c, weight in opened if weight > 0) and not _has_padding(mean):
         note("the members have different padding rows of the vocabulary: they are left out")
@@ -55,7 +59,8 @@ def plan(
     identity = hash_text(
         canonical_json([[f.format, state_of_files(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)])
     )
-    named = [VERSION, __version__, "average", identity, to, dataclasses.asdict(writing)]
+    says = [to_json(c.model) for c, _ in opened] if reading != Reading() else []
+    named = [VERSION, __version__, "average", identity, to, dataclasses.asdict(writing), *says]
     return Plan(
         request=Request(source=members[0][0], out=out, to=to, writing=writing),
         found=found[0],

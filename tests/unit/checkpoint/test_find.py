@@ -108,6 +108,41 @@ def test_runs_and_stages(made: dict[str, Path], tmp_path: Path) -> None:
     assert exported.format == "hf" and exported.folder.name == "hf"
 
 
+@pytest.mark.parametrize("name", ("hf", "atom", "megatron"))
+def test_what_a_stage_converted_to_is_found(made: dict[str, Path], name: str, tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "stages" / "meg"
+    inner = stage / name / "iter_0000007" if name == "megatron" else stage / name
+    copy(made[name], inner)
+    write_json(tmp_path / "run" / "plan.json", {"stages": {"meg": {"kind": "convert"}}})
+    for path in (stage, stage / name, tmp_path / "run"):
+        found = find.find(path)
+        assert (found.folder, found.format) == (inner, name)
+        assert [(c.folder, c.why_not) for c in find.listed(path)] == [(inner, None)]
+    copy(made["torch_dist"], tmp_path / "run" / "stages" / "train" / "checkpoints" / "iter_0000007")
+    assert find.find(tmp_path / "run").format == "torch_dist"
+    assert len(find.listed(tmp_path / "run")) == 2
+    assert "holds nothing" in said(new_folder(stage / "checkpoints"))
+
+
+def new_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def test_known_kinds_of_folders_that_cannot_be_used(made: dict[str, Path], tmp_path: Path) -> None:
+    (copy(made["atom"], tmp_path / "atom") / "atom.json").unlink()
+    with pytest.raises(find.NotWhole, match=r"`atom.json` is missing, which says"):
+        find.find(tmp_path / "atom")
+    deep = new_folder(tmp_path / "deep" / "global_step7")
+    (deep / "mp_rank_00_model_states.pt").touch()
+    (deep / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    for path in (deep, deep.parent):
+        assert "DeepSpeed checkpoint that is not universal" in said(path) and "ds_to_universal" in said(path)
+    copy(made["torch_dist"], tmp_path / "steps" / "iter_0000003").joinpath("manifest.json").unlink()
+    (tmp_path / "steps" / "latest_checkpointed_iteration.txt").touch()
+    assert any("latest_checkpointed_iteration.txt` is empty" in note for note in find.find(tmp_path / "steps").notes)
+
+
 def test_unknown_folders_say_what_is_there_and_what_is_known(made: dict[str, Path], tmp_path: Path) -> None:
     assert "it holds nothing" in said(tmp_path)
     for name in ("a", "b", "c", "d", "e", "f", "g"):
