@@ -104,34 +104,21 @@ def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_la
     """
     problems: list[UsageError] = []
     tp, ep = layout.tp, layout.ep
-    query, groups, heads = model.num_attention_heads * model.head_dim, model.num_query_groups, model.num_attention_heads
-    dense = any(not mapping.has_experts(model, i) for i in range(model.num_layers))
-    for size, what in (
-        (heads, "attention heads"),
-        (model.ffn_hidden_size if dense else tp, "rows of the MLP (`ffn_hidden_size`)"),
-        (padded_vocab_size, "rows of the padded vocabulary"),
-        (query, "columns of the attention's output"),
-        (query + 2 * groups * model.head_dim, "rows of queries, keys and values"),
-    ):
-        if size % tp:
-            problems.append(UsageError(f"tp {tp} does not divide {size} {what} (possible: {_divisors(size)})"))
-    if groups % tp and tp % groups:
-        problems.append(UsageError(f"tp {tp} neither divides {groups} key-value heads nor is a multiple of them"))
+    if wrong := _not_for_tp(model, layout, padded_vocab_size, tp):
+        possible = [n for n in range(1, 65) if not _not_for_tp(model, layout, padded_vocab_size, n)]
+        hint = f"possible: {', '.join(f'tp {n}' for n in possible)}"
+        problems.append(UsageError(f"tp {tp} does not divide {', '.join(wrong)}", hint))
     if model.num_experts:
-        inner = layout.etp or tp
         if model.num_experts % ep:
             problems.append(
                 UsageError(
                     f"ep {ep} does not divide {model.num_experts} experts (possible: {_divisors(model.num_experts)})"
                 )
             )
-        for size, what in (
-            (model.moe_ffn_hidden_size, "moe_ffn_hidden_size"),
-            (model.moe_shared_ffn_hidden_size, "moe_shared_ffn_hidden_size"),
-        ):
-            if size % inner:
+        for size, what in _of_experts(model) if layout.etp else ():
+            if size % (layout.etp or 1):
                 problems.append(
-                    UsageError(f"{inner} tensor ranks do not divide `{what}` {size} (possible: {_divisors(size)})")
+                    UsageError(f"{layout.etp} tensor ranks do not divide {size} {what} (possible: {_divisors(size)})")
                 )
     elif ep > 1:
         problems.append(UsageError(f"ep is {ep}, but the model has no experts"))
@@ -142,6 +129,33 @@ def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_la
             problems.append(error)
     if problems:
         raise UsageError(problems[0].message, *problems[0].hints, more=tuple(problems[1:]))
+
+
+def _not_for_tp(model: ModelConfig, layout: Layout, padded_vocab_size: int, tp: int) -> list[str]:
+    """What so many tensor ranks do not divide."""
+    groups, heads = model.num_query_groups, model.num_attention_heads
+    query = heads * model.head_dim
+    sizes = [(heads, "attention heads")]
+    if any(not mapping.has_experts(model, i) for i in range(model.num_layers)):
+        sizes.append((model.ffn_hidden_size, "rows of the MLP (`ffn_hidden_size`)"))
+    if padded_vocab_size % layout.tp:  # else it was padded for just these ranks
+        sizes.append((padded_vocab_size, "rows of the padded vocabulary"))
+    sizes.append((query, "columns of the attention's output"))
+    sizes.append((query + 2 * groups * model.head_dim, "rows of queries, keys and values"))
+    if model.num_experts and not layout.etp:
+        sizes += _of_experts(model)
+    wrong = [f"{size} {what}" for size, what in sizes if size % tp]
+    if groups % tp and tp % groups:
+        wrong.append(f"{groups} key-value heads (nor is it a multiple of them)")
+    return wrong
+
+
+def _of_experts(model: ModelConfig) -> list[tuple[int, str]]:
+    found = [
+        (model.moe_ffn_hidden_size, "rows of an expert (`moe_ffn_hidden_size`)"),
+        (model.moe_shared_ffn_hidden_size, "rows of the shared expert (`moe_shared_ffn_hidden_size`)"),
+    ]
+    return [(size, what) for size, what in found if size]
 
 
 def _divisors(size: int) -> str:

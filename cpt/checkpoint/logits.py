@@ -78,16 +78,24 @@ def of_hugging_face(folder: Path, tokens_BS: Any) -> Logits:
 
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise UsageError("comparing logits needs transformers", "`pip install 'cpt[eval]'`") from None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # A difference of logits says all that its warnings could.
+    talks, moves = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
             found: Logits = model(torch.as_tensor(tokens_BS)).logits.numpy()
     finally:
         torch.set_num_threads(threads)
+        logging.set_verbosity(talks)
+        if moves:
+            logging.enable_progress_bar()
     return found
 
 

@@ -103,6 +103,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _BIASED | {"position_embedding": "learned", "gelu": True, "parallel_residual": False},
     "gpt_neox": _BIASED | {"position_embedding": "rope", "gelu": True},
 }
+_ALIKE = {"llama", "mistral"}  # the same tensors and settings under two names
 # What Megatron's rotary scaling has built in.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Fields that change no tensor and no value that the model computes.
@@ -134,6 +135,9 @@ def to_model(args: Args, where: str, config: Path | None = None, *, vocab_size: 
     """
     if config is not None:
         model = hf_config.read_config(config)
+        own = args.get("hf_model_type")
+        if own not in (None, model.family) and not {own, model.family} <= _ALIKE:
+            raise UsageError(f"`{config}` is of a `{model.family}` model, and `{where}` of a `{own}` model")
         _compare(model, _said(args, where, vocab_size), where, config)
         return model
     stated = {k: v for k, v in args.items() if v is not None}

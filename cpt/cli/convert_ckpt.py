@@ -219,11 +219,12 @@ def _convert(plan: Plan, running: Any, json: bool, sides: tuple[Path, Path] | No
     if json:
         result_json(report.to_json() | ({} if worst is None else {"logits": worst}))
     elif report.done_before:
-        result(f"{report.folder} holds this conversion already (id {report.id[:12]}); nothing to do")
+        known = f"id {(report.state or report.id)[:12]}"
+        result(f"{report.folder} holds this conversion already ({known}); nothing to do")
+        if worst is not None:
+            result(f"logits differ by {worst:.2g} of the largest, in fp32")
     else:
-        result(_report(plan, report))
-    if worst is not None and not json:
-        result(f"logits     differ by {worst:.2g} of the largest, in fp32")
+        result(_report(plan, report, worst))
     return 0
 
 
@@ -287,8 +288,9 @@ def _layout(
 def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> None:
     """Options that the format has no use for: a person means another format."""
     from cpt.checkpoint.content import Layout
+    from cpt.checkpoint.formats import Writing
 
-    usual = Layout()
+    usual, usual_spec = Layout(), Writing().spec
     names = ("tp", "pp", "ep", "etp", "vp", "dp")
     given = [f"--{n}" for n in names if getattr(writing.layout, n) != getattr(usual, n)]
     given += ["--pipeline-layout"] * (pipeline_layout is not None)
@@ -297,6 +299,10 @@ def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> No
         raise UsageError(
             f"`{to}` has no ranks, so `{given[0]}` means nothing for it", "layouts are of `torch_dist` and `megatron`"
         )
+    if to in ("hf", "atom") and writing.spec != usual_spec:
+        raise UsageError(f"`{to}` knows no layers of Megatron, so `--spec {writing.spec}` means nothing for it")
+    if writing.layout.bucket_numel is not None and writing.optimizer != "dp_reshardable":
+        raise UsageError("`--bucket-size` is for `--optimizer dp_reshardable`: other forms have no buckets")
     if to == "hf" and writing.optimizer not in (None, "none"):
         raise UsageError("`hf` holds no optimizer state", "`--to atom`, `torch_dist` or `megatron` keep it")
     if to == "atom" and writing.optimizer not in (None, "none"):
@@ -312,16 +318,18 @@ def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> No
 
 def _show(plan: Plan, json: bool) -> int:
     """The plan, for `--dry-run`."""
+    from cpt.checkpoint.formats import FORMATS
     from cpt.checkpoint.job import place as where
-    from cpt.checkpoint.job.record import dropped, weights_from
+    from cpt.checkpoint.job.record import advice, dropped, state_id, weights_from
 
     where.check_names(plan)
     there = where.done_already(plan)
-    content, output = plan.content, plan.output
+    content, output, to = plan.content, plan.output, plan.request.to
     if json:
         result_json(
             {
-                "id": plan.id,
+                "id": (state_id(plan) if there else None) if FORMATS.get(to).has_id else plan.id,
+                "conversion_id": plan.id,
                 "from": {
                     "format": plan.found.format,
                     "path": str(plan.found.folder),
@@ -358,7 +366,11 @@ def _show(plan: Plan, json: bool) -> int:
         *([("", f"and {len(output.files) - _MOST:,} more")] if len(output.files) > _MOST else []),
         *([("weights", weights)] if (weights := weights_from(plan)) else []),
         *_listed("dropped", dropped(plan)),
-        ("id", plan.id[:12] + (", there already: nothing to do" if there else "")),
+        *_listed("advice", advice(plan)),
+        (
+            "conversion" if FORMATS.get(to).has_id else "id",
+            plan.id[:12] + (", there already: nothing to do" if there else ""),
+        ),
     ]
     result(_columns(lines))
     return 0
@@ -372,7 +384,8 @@ def _options(plan: Plan) -> str:
     return "".join(f", {p}" for p in parts)
 
 
-def _report(plan: Plan, report: Report) -> str:
+def _report(plan: Plan, report: Report, worst: float | None) -> str:
+    from cpt.checkpoint.job.record import advice
     from cpt.checkpoint.values import some
 
     for kind, what in (("zero", "all values are zero"), ("constant", "all values are equal")):
@@ -389,7 +402,7 @@ def _report(plan: Plan, report: Report) -> str:
         ("written", f"{report.folder}, {plan.request.to}"),
         ("size", f"{show_bytes(report.bytes)} in {report.files:,} files, {report.tensors:,} tensors"),
         ("time", f"{_seconds(report.seconds)}, {report.rate / 1e6:,.0f} MB/s{went_on}"),
-        ("memory", f"at most {show_bytes(report.peak_memory)} in a process of {report.workers}"),
+        ("memory", f"at most {show_bytes(report.peak_memory)} in {_each(report.workers)}"),
         *(
             [("rounded", f"{report.rounded:,} values changed by another dtype")]
             if report.rounded or plan.options.get("dtype")
@@ -397,10 +410,16 @@ def _report(plan: Plan, report: Report) -> str:
         ),
         *([("weights", report.weights)] if report.weights else []),
         *_listed("dropped", report.dropped),
+        *_listed("advice", advice(plan)),
         ("checked", _checked(report)),
-        ("id", report.id[:12]),
+        *([] if worst is None else [("logits", f"differ by {worst:.2g} of the largest, in fp32")]),
+        *([("id", report.state[:12]), ("conversion", report.id[:12])] if report.state else [("id", report.id[:12])]),
     ]
     return _columns(lines)
+
+
+def _each(processes: int) -> str:
+    return "one process" if processes == 1 else f"each of {processes} processes"
 
 
 def _seconds(seconds: float) -> str:

@@ -179,6 +179,14 @@ def test_events_as_json(big: Path, tmp_path: Path) -> None:
         (["in", "out", "--to", "hf", "--optimizer", "plain"], "holds no optimizer state"),
         (["in", "out", "--to", "atom", "--pad", "keep"], "is for `--to hf`"),
         (["in", "out", "--to", "hf", "--sha256"], "is for `--to atom`"),
+        (["in", "out", "--to", "hf", "--spec", "te"], "`--spec te` means nothing"),
+        (["in", "out", "--to", "atom", "--spec", "cpt"], "`--spec cpt` means nothing"),
+        (["in", "out", "--to", "torch_dist", "--etp", "2"], "the model has no experts"),
+        (["in", "out", "--to", "torch_dist", "--dp", "2"], "no optimizer state is written"),
+        (["in", "out", "--to", "torch_dist", "--bucket-size", "1k"], "is for `--optimizer dp_reshardable`"),
+        (["in", "out", "--to", "hf", "--untie"], "nothing to untie"),
+        (["in", "out", "--to", "hf", "--config", "gpt2"], "is of a `gpt2` model, and `in/config.json` of a `llama`"),
+        (["in", "out", "--to", "torch_dist", "--tp", "3"], "possible: tp 1, tp 2, tp 4"),
         (["in", "out", "--to", "hf", "--from-master"], "has no fp32 main weights"),
         (["in", "out", "--to", "hf", "--block", "1kB"], "is too small"),
         (["in", "out", "--to", "hf", "--block", "much"], "is not an amount of bytes"),
@@ -211,6 +219,8 @@ def test_wrong_commands_are_refused_in_one_sentence(
     (here / "there").mkdir()
     (here / "there" / "notes.txt").write_text("mine")
     (here / "file").write_text("mine")
+    (here / "gpt2").mkdir()
+    (here / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     (here / "half.partial").mkdir()
     before = content(tmp_path)
     monkeypatch.chdir(here)

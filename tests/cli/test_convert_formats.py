@@ -229,3 +229,26 @@ def test_a_hugging_face_folder_takes_the_weights_of_the_model_and_says_so(
     made, main = (open_any(tmp_path / name) for name in ("weights", "main"))
     name = next(iter(made.atoms))
     assert not np.array_equal(values(made, name, "model"), values(main, name, "model"))
+
+
+def test_an_atoms_id_is_that_of_its_state_and_not_of_the_conversion(sources: dict[str, Path], tmp_path: Path) -> None:
+    reports = []
+    for source in ("torch_dist", "megatron"):
+        ended = command.cpt("convert-ckpt", str(sources[source]), str(tmp_path / source), "--to", "atom", "--json")
+        assert ended.code == 0, ended.err
+        reports.append(json.loads(ended.out))
+    assert reports[0]["id"] == reports[1]["id"] == open_any(tmp_path / "megatron").id
+    assert reports[0]["conversion_id"] != reports[1]["conversion_id"]
+    words = ("convert-ckpt", str(sources["torch_dist"]))
+    shown = command.cpt(*words, str(tmp_path / "shown"), "--to", "atom", "--workers", "7").out
+    assert f"id          {reports[0]['id'][:12]}" in shown and "in one process" in shown
+    there = command.cpt(*words, str(tmp_path / "shown"), "--to", "atom").out
+    assert f"(id {reports[0]['id'][:12]})" in there
+
+
+def test_uneven_stages_of_torch_dist_are_said_to_need_a_layout(sources: dict[str, Path], tmp_path: Path) -> None:
+    said = [
+        command.cpt("convert-ckpt", str(sources["atom"]), str(tmp_path / "out"), "--to", "torch_dist", *flags).out
+        for flags in (["--pp", "3", "--dry-run"], ["--pp", "2", "--dry-run"])
+    ]
+    assert "4 layers do not divide into 3 parts" in said[0] and "do not divide" not in said[1]

@@ -22,6 +22,8 @@ GOOD = [
     ["steps", "weights", "--to", "hf"],
     ["steps", "none", "--to", "atom", "--optimizer", "none", "--verify", "full"],
     ["zeros", "with_zeros", "--to", "hf"],
+    ["steps", "halves", "--to", "torch_dist", "--dtype", "fp16", "--pp", "2", "--dry-run"],
+    ["steps", "wide", "--to", "hf", "--dtype", "fp32", "--dry-run"],
 ]
 WRONG = [
     [],
@@ -70,9 +72,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def masked(text: str) -> str:
     """Without what differs between machines and runs."""
     text = re.sub(r"time     .*", "time     SECONDS, MB/s", text)
-    text = re.sub(r"at most .* in a process of \d+", "at most MEMORY in a process of N", text)
+    text = re.sub(r"at most .* in (one process|each of \d+ processes)", "at most MEMORY in N processes", text)
     text = re.sub(r"[\d.]+ kB", "BYTES", text)
-    return re.sub(r"(id  *|id |would be )[0-9a-f]{12}", r"\1IDIDIDIDIDID", text)
+    return re.sub(r"(id  *|id |conversion  |would be )[0-9a-f]{12}", r"\1IDIDIDIDIDID", text)
 
 
 def test_help(folder: Path) -> None:

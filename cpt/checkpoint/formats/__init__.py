@@ -125,6 +125,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     can_write: ClassVar[bool] = True
+    has_id: ClassVar[bool] = False  # whether `facts` has an `id` that is equal for equal training states
     keeps_optimizer: ClassVar[bool] = True  # whether a folder has a place for main weights and moments
 
     @classmethod

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from cpt import __version__
 from cpt.base.errors import UsageError
-from cpt.base.files import canonical_json, hash_text, read_json
+from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
 from cpt.checkpoint import hf_config, mapping
 from cpt.checkpoint.arrays import Array, Fill, Payload, Place, Segment, as_matrix, itemsize
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
@@ -343,10 +343,8 @@ def _manifest(folder: Path) -> Json:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
-    except OSError as error:
-        raise UsageError(f"`{path}` cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UsageError(f"`{path}` is damaged or was cut off: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != NAME:
         raise UsageError(f"`{path}` is not the manifest of an atom checkpoint: `format` is not `{NAME}`")
     if manifest.get("version") != VERSION:
@@ -371,7 +369,7 @@ class _Folder:
             if SUM in self.manifest and own_sum(self.manifest) != self.manifest[SUM]:
                 raise UsageError(f"`{self.path}` was changed: its checksum `{SUM}` is another one")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise UsageError(f"`{self.path}` is damaged: {type(error).__name__}: {error}") from None
+            raise UsageError(f"`{self.path}` {why_unreadable(error)}") from None
 
     def _check_rest(self) -> None:
         """What lies beside the tensors is of the right kind."""

@@ -68,6 +68,11 @@ class HuggingFace(Format):
     @classmethod
     def open(cls, folder: Path, reading: Reading) -> Content:
         model = hf_config.read_config(reading.config or folder)
+        if reading.config is not None and (own := _own_family(folder)) not in (None, model.family):
+            raise UsageError(
+                f"`{reading.config}` is of a `{model.family}` model, and `{folder / 'config.json'}` of a `{own}` model",
+                "leave `--config` out: the folder says what it is",
+            )
         if reading.vocab_size not in (None, model.vocab_size):
             raise UsageError(f"`--vocab-size` is {reading.vocab_size}, `config.json` says {model.vocab_size}")
         return opened(folder, model, untie=reading.untie)
@@ -114,6 +119,15 @@ class HuggingFace(Format):
         return Output(files=files, finish=finish, copies=copies, dropped=tuple(_dropped(content, writing)))
 
 
+def _own_family(folder: Path) -> str | None:
+    """The family that a folder's own `config.json` names, where it can be read."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
 def opened(folder: Path, model: ModelConfig, *, untie: bool = False) -> Content:
     """What a folder holds of a model; no values are read, but for a tied output layer that is there again.
 
@@ -122,7 +136,11 @@ def opened(folder: Path, model: ModelConfig, *, untie: bool = False) -> Content:
     """
     found, crc32 = _stored(folder)
     found = _with_prefix(found, model)
-    if untie and (tied := mapping.tied_copy(model)) is not None and tied[0] in found:
+    if untie:
+        tied = mapping.tied_copy(model)
+        if tied is None or tied[0] not in found:
+            why = "its output layer is not tied" if tied is None else f"it has no `{tied[0]}`"
+            raise UsageError(f"`{folder}` has nothing to untie: {why}", "leave `--untie` out")
         model = replace(model, tie_embeddings=False)
     _check(found, model)
     _check_tied(found, model)

@@ -21,7 +21,7 @@ from cpt.checkpoint.job.journal import NAME as JOURNAL
 from cpt.checkpoint.job.journal import Entry, Journal, open_journal
 from cpt.checkpoint.job.look import Facts, findings
 from cpt.checkpoint.job.planning import Plan, Running, state_of_files
-from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, weights_from, with_record
+from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, state_id, weights_from, with_record
 from cpt.checkpoint.job.work import CHECK, REREAD, WRITE, Task, Worker, crc32_from_disk, not_as_written
 from cpt.checkpoint.writing import FileSums
 
@@ -57,7 +57,7 @@ def convert(
     place.check_names(plan)
     if place.done_already(plan):
         _tidy(out, plan)
-        return Report(id=plan.id, out=out, folder=out / plan.output.step_folder, done_before=True)
+        return Report(id=plan.id, out=out, folder=out / plan.output.step_folder, state=state_id(plan), done_before=True)
     folder = place.partial(out)
     if not folder.exists():
         place.check_space(plan, 0)
@@ -65,7 +65,9 @@ def convert(
     try:
         if place.done_already(plan):  # another process has finished it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
-            return Report(id=plan.id, out=out, folder=out / plan.output.step_folder, done_before=True)
+            return Report(
+                id=plan.id, out=out, folder=out / plan.output.step_folder, state=state_id(plan), done_before=True
+            )
         return _Job(plan, running, event, held, begin).work()
     except OSError as error:
         raise place.closed(out, error) from error
@@ -100,6 +102,7 @@ class _Job:
         self.facts = Facts()
         self.done = self.total = self.written = 0
         self.phase, self.last_beat = "", time.monotonic()
+        self.used = 1  # processes at a time
         self.wrong: list[master.Wrong] = []
         self.told = Told(self._progress, self._result, self._tick)
         self.journal: Journal
@@ -186,6 +189,7 @@ class _Job:
 
     def _run(self, phase: str, tasks: list[Task]) -> None:
         self.phase, self.done, self.total = phase, 0, sum(t.size for t in tasks)
+        self.used = max(self.used, min(self.running.workers, len(tasks)))
         crew.run(tasks, self.running.workers, self.worker.do, self.told, self.stop)
 
     def _progress(self, size: int, tensor: str) -> None:
@@ -302,6 +306,7 @@ class _Job:
     def _report(self, sums: Mapping[str, FileSums]) -> Report:
         return Report(
             id=self.plan.id,
+            state=state_id(self.plan),
             out=self.out,
             folder=self.out / self.plan.output.step_folder,
             files=len(sums),
@@ -309,7 +314,7 @@ class _Job:
             written=self.written,
             seconds=time.monotonic() - self.begin,
             peak_memory=max([*self.told.peaks, crew.anonymous_memory()]),
-            workers=self.running.workers,
+            workers=self.used,
             tensors=len(self.plan.content.atoms),
             rounded=self.facts.rounded,
             weights=weights_from(self.plan),

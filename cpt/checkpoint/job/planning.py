@@ -167,6 +167,15 @@ def _refuse_what_is_not_there(request: Request, found: Found, content: Content) 
         raise UsageError(
             f"`{content.path}` has no optimizer state to write as `{form}`", "leave `--optimizer` out: weights only"
         )
+    layout = request.writing.layout
+    if layout.etp is not None and not content.model.num_experts:
+        raise UsageError(f"etp is {layout.etp}, but the model has no experts", "leave `--etp` out")
+    if layout.dp > 1 and content.optimizer is None:
+        raise UsageError(
+            f"dp is {layout.dp}, but no optimizer state is written that data ranks could share", "leave `--dp` out"
+        )
+    if request.reading.untie and found.format != "hf":
+        raise UsageError(f"`--untie` is for Hugging Face folders, and `{found.folder}` is `{found.format}`")
     if request.writing.from_master and content.optimizer is None:
         raise UsageError(f"`{content.path}` has no fp32 main weights", "leave `--from-master` out: the model's weights")
 

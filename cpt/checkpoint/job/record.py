@@ -14,6 +14,7 @@ import numpy as np
 
 from cpt import __version__
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL
+from cpt.checkpoint.formats import FORMATS
 from cpt.checkpoint.job.look import Facts, Finding, findings
 from cpt.checkpoint.job.place import KEY
 from cpt.checkpoint.job.planning import VERSION, Plan
@@ -28,11 +29,14 @@ class Report:
     """What a conversion did.
 
     Args:
+        id: of the conversion.
+        state: the id that the folder's format gives to a training state; None where it gives none.
         done_before: OUT held it already, nothing was done.
         bytes: size of all files.
         written: bytes that this run wrote; an earlier one may have written others.
         seconds: of this run.
         peak_memory: anonymous memory of the process that had most [bytes].
+        workers: processes that worked at a time.
         tensors: logical ones.
         rounded: values that another dtype changed: of the weights that it was made of (see `weights_from`).
         weights: that line.
@@ -45,6 +49,7 @@ class Report:
     id: str
     out: Path
     folder: Path
+    state: str | None = None
     done_before: bool = False
     files: int = 0
     bytes: int = 0
@@ -69,7 +74,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
-            "id": self.id,
+            "id": self.state or self.id,
+            "conversion_id": self.id,
             "out": str(self.out),
             "folder": str(self.folder),
             "done_before": self.done_before,
@@ -98,20 +104,38 @@ def dropped(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*left, *plan.output.dropped)))
 
 
+def state_id(plan: Plan) -> str | None:
+    """The id of the training state in a finished folder, equal for equal states; None where its format has none."""
+    target = FORMATS.get(plan.request.to)
+    if not target.has_id:
+        return None
+    found = target.facts(plan.request.out / plan.output.step_folder).get("id")
+    return None if found is None else str(found)
+
+
+def advice(plan: Plan) -> tuple[str, ...]:
+    """What a person must know to load the folder."""
+    layout, layers = plan.request.writing.layout, plan.content.model.num_layers
+    parts = layout.pp * layout.vp
+    if plan.request.to != "torch_dist" or layout.layers is not None or layers % parts == 0:
+        return ()
+    return (f"{layers} layers do not divide into {parts} parts: Megatron needs a pipeline layout to load it so",)
+
+
 def weights_from(plan: Plan) -> str | None:
     """Which weights another dtype was made of, where the source has main weights; None = there was no choice."""
     writing, atoms = plan.request.writing, plan.content.atoms.values()
     if writing.dtype is None:
         return None
     if LEFT_OPTIMIZER in plan.content.left_out:
-        return "of another dtype from the model's weights; the main weights are left out, as asked"
+        return "taken from the model's weights; the main weights are left out, as asked"
     if not any(MAIN in a.states for a in atoms):
         return None
     if writing.from_master or all(a.name in plan.content.from_main or MODEL not in a.states for a in atoms):
-        return "of another dtype from the fp32 main weights"
+        return "taken from the fp32 main weights"
     if plan.content.from_main or plan.request.to != "hf":
-        return "of another dtype from the fp32 main weights, where there are some"
-    return "of another dtype from the model's weights; `--from-master` takes the fp32 main weights"
+        return "taken from the fp32 main weights, where there are some"
+    return "taken from the model's weights; `--from-master` takes the fp32 main weights"
 
 
 def record(plan: Plan, facts: Facts, *, checksums: int, compared: bool) -> dict[str, Any]:

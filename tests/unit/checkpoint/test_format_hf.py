@@ -260,7 +260,8 @@ def test_a_vocabulary_of_unknown_size_is_not_guessed(tmp_path: Path) -> None:
     HuggingFace.plan(unknown, Writing(keep_padding=True))
     known = dataclasses.replace(unknown, args=args | {"vocab_size": 61})
     assert HuggingFace.plan(known, Writing()).dropped == (
-        "no `config.json` came along: a new one says `model_type: llama`",
+        "no `config.json` came along: a new one says `model_type: llama`, and nothing of `eos_token_id`, "
+        "`bos_token_id` and what else only the first one said (`--config HF_FOLDER` brings it)",
     )
 
 
