@@ -43,6 +43,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def why_unreadable(error: Exception) -> str:
+    """What an error of `read_json`, or of opening a file, says to a person: goes after the file's name."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    if isinstance(error, json.JSONDecodeError):
+        where = f"from line {error.lineno:,}, character {error.colno:,} on"
+        return f"is damaged or was cut off: it is not JSON {where}" if error.doc.strip() else "is empty"
+    if isinstance(error, UnicodeDecodeError):
+        return "is damaged: it is not text"
+    if isinstance(error, KeyError):
+        return f"is damaged: it lacks `{error.args[0] if error.args else ''}`"
+    return "is damaged: what it says does not fit together"
+
+
 def without_nan(value: Any) -> Any:
     """`value` with every non-finite float replaced by None, so that it is strict JSON."""
     if isinstance(value, float):

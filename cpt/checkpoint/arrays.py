@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.base.files import why_unreadable
 
 # numpy has no bfloat16: its bits travel as unsigned integers.
 CARRIERS: dict[str, np.dtype[Any]] = {
@@ -427,7 +428,7 @@ class Files:
                         del self._maps[next(iter(self._maps))]
                     self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
             except OSError as error:
-                raise UsageError(f"`{file}` cannot be read: {error.strerror or error}") from None
+                raise UsageError(f"`{file}` {why_unreadable(error)}") from None
         return self._maps[file]
 
     def view(self, place: Place, dtype: str) -> Matrix:

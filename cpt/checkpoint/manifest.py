@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.base.files import canonical_json, hash_text, read_json, write_json
+from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable, write_json
 from cpt.plan.types import ModelConfig, Parallel, from_json, to_json
 
 NAME = "manifest.json"
@@ -99,7 +99,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
             f"`{folder}` has no `{NAME}`: its save never finished, or it is not a checkpoint of cpt"
         ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"`{path}` cannot be read: {error}") from None
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UsageError(f"`{path}` is not a manifest of a native checkpoint")
     if value.get("version") != VERSION:
@@ -110,7 +110,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
     try:
         return from_json(Manifest, value)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UsageError(f"`{path}` is damaged: {error}") from None
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
 
 
 def why_not_whole(folder: str | os.PathLike[str]) -> str | None:

@@ -104,6 +104,8 @@ def read_header(path: Path) -> dict[str, Place]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if not size:
+                raise UsageError(f"`{path}` is empty")
             if size < 8 or not 0 < length <= min(_MOST, size - 8):
                 raise UsageError(f"`{path}` is cut short or no safetensors file")
             header = json.loads(file.read(length))

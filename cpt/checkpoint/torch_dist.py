@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cpt.base.errors import UsageError
-from cpt.base.files import fsync_folder, write_atomic
+from cpt.base.files import fsync_folder, why_unreadable, write_atomic
 from cpt.checkpoint import torch_zip, unpickle
 from cpt.checkpoint.arrays import itemsize
 from cpt.checkpoint.manifest import FileFacts
@@ -243,6 +243,10 @@ class Tensor:
     chunks: tuple[Record, ...]
 
 
+class _Misfit(ValueError):
+    """The metadata say what cannot be; the message is for a person."""
+
+
 class Folder:
     """Reads a `torch_dist` checkpoint: any tensor, any block of it, without reading the rest.
 
@@ -330,7 +334,8 @@ class Folder:
                     self.objects[key] = Record(key, None, (), (), "", name, int(info.offset), int(info.length))
             return tensors
         except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise UsageError(f"`{path}` is not the metadata of a distributed checkpoint: {error}") from None
+            said = f": {error}" if isinstance(error, _Misfit) else ""
+            raise UsageError(f"`{path}` is damaged or not the metadata of a distributed checkpoint{said}") from None
 
     def _check_backend(self, described: Mapping[str, Any]) -> None:
         """That the save finished, and as Megatron's `torch_dist`.
@@ -366,7 +371,7 @@ class Folder:
             if offset not in stored:
                 raise UsageError(f"`{self.path / METADATA}` does not say where `{key}` at {list(offset)} lies")
             if len(offset) != len(shape) or len(size) != len(shape) or min((*offset, *size, *shape), default=0) < 0:
-                raise ValueError(f"a chunk of `{key}` does not fit its shape")
+                raise _Misfit(f"a chunk of `{key}` does not fit its shape")
             info = stored[offset]
             name = _inside(info.relative_path)
             chunks.append(Record(key, shape, offset, size, str(dtype), name, int(info.offset), int(info.length)))
@@ -377,9 +382,11 @@ class Folder:
             path = self.path / name
             try:
                 with open(path, "rb") as file:
+                    if not os.fstat(file.fileno()).st_size:
+                        raise UsageError(f"`{path}` is empty")
                     self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
-                raise UsageError(f"`{path}` cannot be read: {error}") from None
+                raise UsageError(f"`{path}` {why_unreadable(error)}") from None
         return self._maps[name]
 
     def located(self, record: Record) -> torch_zip.Stored:
@@ -433,7 +440,7 @@ def _inside(name: Any) -> str:
         ValueError: it leads elsewhere.
     """
     if Path(str(name)).name != str(name):
-        raise ValueError(f"`{name}` lies outside the checkpoint")
+        raise _Misfit(f"`{name}` lies outside the checkpoint")
     return str(name)
 
 

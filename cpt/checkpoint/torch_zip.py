@@ -80,6 +80,8 @@ def read(data: Any, start: int, length: int, what: object) -> Archive:
     Raises:
         UsageError: it is no such archive, damaged, or of a kind that is not read (compressed, big endian).
     """
+    if not len(data):
+        raise UsageError(f"`{what}` is empty")
     if start < 0 or length < 22 or start + length > len(data):
         raise UsageError(f"`{what}` was cut off: {len(data):,} bytes are there, {start + length:,} are needed")
     if data[start : start + 4] != _LOCAL:

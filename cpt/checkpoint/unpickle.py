@@ -216,7 +216,10 @@ def load(file: IO[bytes], what: object) -> Any:
     try:
         return _Reader(file).load()
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UsageError(f"`{what}` is damaged or not a checkpoint file: {error or type(error).__name__}") from None
+        is_empty = isinstance(error, EOFError) and file.seekable() and file.tell() == 0
+        raise UsageError(
+            f"`{what}` is empty" if is_empty else f"`{what}` is damaged or not a checkpoint file: its pickle is broken"
+        ) from None
 
 
 def load_zip(file: IO[bytes], what: object) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.base.files import read_json
+from cpt.base.files import read_json, why_unreadable
 from cpt.base.units import show_bytes
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, store
@@ -194,7 +194,7 @@ class Sum:
                     left -= got
                     watch(got)
         except OSError as error:
-            return f"`{self.file.name}` cannot be read: {error.strerror or error}"
+            return f"`{self.file.name}` {why_unreadable(error)}"
         if crc == self.crc32:
             return None
         where = "" if self.is_whole else f" at byte {self.start:,}"
@@ -221,8 +221,10 @@ def file_sums(folder: Path) -> list[Sum]:
         files = manifests.read(folder).files
         try:
             return [_whole(folder, n, f.size, f.crc32, manifests.NAME) for n, f in files.items()]
-        except (ValueError, TypeError, AttributeError) as error:
+        except _NotInFolder as error:
             raise UsageError(f"`{folder / manifests.NAME}` is damaged: {error}") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"`{folder / manifests.NAME}` {why_unreadable(error)}") from None
     for name in LISTS:
         if not (folder / name).is_file():
             continue
@@ -232,8 +234,10 @@ def file_sums(folder: Path) -> list[Sum]:
             if isinstance(listed, Mapping):
                 listed = [{"name": n, **facts} for n, facts in listed.items()]
             return [_whole(folder, f["name"], f["size"], f["crc32"], name) for f in listed]
+        except _NotInFolder as error:
+            raise UsageError(f"`{folder / name}` is damaged: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"`{folder / name}` is damaged: {type(error).__name__}: {error}") from None
+            raise UsageError(f"`{folder / name}` {why_unreadable(error)}") from None
     return []
 
 
@@ -273,10 +277,14 @@ def with_listed_sums(content: Content) -> Content:
     return replace(content, crc32={**content.crc32, **more}) if more else content
 
 
+class _NotInFolder(ValueError):
+    """A list names a file that is none of its folder."""
+
+
 def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str) -> Sum:
     inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
     if not inside or isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f"`{name}` is not a file of the folder with a size")
+        raise _NotInFolder(f"`{name}` is not a file of the folder with a size")
     value = crc32 if isinstance(crc32, int) else int(str(crc32), 16)
     return Sum(folder / str(name), 0, size, value, said_by, size)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpt.base.errors import UsageError
+
 RUNS = Path("runs")
 
 
@@ -14,8 +16,10 @@ def place(name: str) -> Path:
         name: a path, or a run's name under `runs`, also with more behind it (`demo-761654/stages/domain`).
 
     Raises:
-        UsageError: it is no path and there is no run of this name; names the nearest.
+        UsageError: it is empty, or it is no path and there is no run of this name; names the nearest.
     """
+    if not name:
+        raise UsageError("the path of a checkpoint is empty", "give a folder, or the name of a run")
     path = Path(name)
     if path.exists():
         return path

@@ -72,6 +72,8 @@ def done_already(plan: Plan) -> bool:
     if not os.path.lexists(out):
         return False
     record = read_record(out, plan)
+    if out == Path():  # as an empty word is, too
+        raise UsageError("OUT is empty, or this very folder", "name a folder that is not there yet")
     if record is None:
         raise UsageError(f"`{out}` exists already", "name another folder, or remove it first")
     if record.get("id") != plan.id:

@@ -260,7 +260,7 @@ def first(value: Any) -> Any:
         (lambda f: (f / "atom.json").write_bytes((f / "atom.json").read_bytes()[:300]), "is damaged or was cut off"),
         (edited(lambda m: m.update(version=2)), "has version 2, this cpt reads version 1"),
         (edited(lambda m: m.update(format="x")), "is not the manifest of an atom checkpoint"),
-        (edited(lambda m: m.pop("groups")), "damaged: KeyError"),
+        (edited(lambda m: m.pop("groups")), "damaged: it lacks `groups`"),
         (edited(lambda m: m["files"][0].update(name="../atoms-00000.safetensors")), "not inside the folder"),
         (edited(lambda m: m["files"][0].update(name="/etc/passwd")), "not inside the folder"),
         (edited(lambda m: m["files"].append(m["files"][0])), "lists the file `.*` twice"),

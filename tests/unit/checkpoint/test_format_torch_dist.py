@@ -664,7 +664,7 @@ def test_folders_that_are_not_whole_say_which(tmp_path: Path) -> None:
 
     folder = fresh("lost")
     (folder / "__0_0.distcp").unlink()
-    with pytest.raises(UsageError, match=r"__0_0.distcp` cannot be read"):
+    with pytest.raises(UsageError, match=r"__0_0.distcp` is missing"):
         TorchDist.open(folder, Reading())
 
     whole = made_checkpoints.write(content, "torch_dist", tmp_path / "ours")

@@ -73,7 +73,7 @@ def test_the_newest_whole_checkpoint_wins_and_the_others_are_named(tmp_path: Pat
     assert found == good
     assert [p for p, _ in skipped] == [unfinished, damaged, lost, short]
     reasons = [why for _, why in skipped]
-    assert "never finished" in reasons[0] and "cannot be read" in reasons[1]
+    assert "never finished" in reasons[0] and "is damaged or was cut off" in reasons[1]
     assert reasons[2:] == ["`__0_0.distcp` is missing", "`__0_0.distcp` has 4 bytes instead of 5"]
     assert store.is_whole(good) and not any(store.is_whole(p) for p, _ in skipped)
 

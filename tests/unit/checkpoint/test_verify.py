@@ -187,3 +187,37 @@ def test_no_conversion_uses_a_small_file_that_was_changed(tmp_path: Path, name: 
         assert any(f"`{file.name}` has other bytes" in line for line in verify.verify(folder))
         file.write_bytes(good)
     planning.plan(planning.Request(source=tmp_path / "out", out=tmp_path / "again", to="atom"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("torch_dist", ".metadata"),
+        ("torch_dist", "common.pt"),
+        ("torch_dist", "__0_0.distcp"),
+        ("torch_dist", "manifest.json"),
+        ("hf", "model.safetensors"),
+        ("atom", "atom.json"),
+        ("megatron", "mp_rank_00/model_optim_rng.pt"),
+    ],
+)
+def test_an_empty_file_is_called_so_and_what_python_says_is_kept_from_people(
+    tmp_path: Path, name: str, file: str
+) -> None:
+    folder = write(content(tmp_path / "made"), name, tmp_path / name)
+    if file != "manifest.json":
+        (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / file).write_bytes(b"")
+    (wrong,) = verify.verify(folder)
+    assert "is empty" in wrong and Path(file).name in wrong
+    (folder / file).write_bytes(b"\x80\x04\x8c\x01x\x8c\x01y\x81.{")
+    (wrong,) = verify.verify(folder)
+    assert not any(word in wrong for word in ("Error", "Errno", "Expecting", "NEWOBJ", "codec", "mmap")), wrong
+
+
+def test_a_file_of_values_that_is_gone_is_missing(tmp_path: Path) -> None:
+    folder = write(content(tmp_path / "made"), "torch_dist", tmp_path / "td")
+    (folder / "manifest.json").unlink()
+    (folder / "__0_0.distcp").unlink()
+    (wrong,) = verify.verify(folder)
+    assert "`" in wrong and wrong.endswith("__0_0.distcp` is missing")
