@@ -31,6 +31,7 @@ PARENT_VARIABLE = "CPT_PARENT_PID"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SECONDS = 1.0  # for ranks that are failing by themselves to write down why, before they are killed
+_PORT_BYTES = 4
 _LINGER_SECONDS = 600.0  # a rank that lives this long after another one ended well will not end by itself
 
 
@@ -84,13 +85,16 @@ def run_ranks(
         importlib.import_module(name)
     if tree.asked:
         return SAVED
-    store = _rendezvous(num_ranks) if num_ranks > 1 else None
-    os.environ |= _rank_environment(num_ranks, store.port if store else 0)
     memory_kills = _memory_kills()
+    told = os.pipe()
     try:
         gc.freeze()  # the collector would touch, and so copy, every page of the imported modules in every rank
         for rank in range(num_ranks):
-            _fork(tree, rank, attempt_dir, rank_main)
+            _fork(tree, rank, num_ranks, attempt_dir, rank_main, told)
+        # Not before the forks: it has a thread, and a lock of the C library that this thread holds while a rank is
+        # forked (as it does to look up the address of a rank that connects) would stay taken in that rank for ever.
+        store = _rendezvous(num_ranks) if num_ranks > 1 else None
+        _tell(told, store.port if store is not None else 0, num_ranks)
         _watch(tree, num_ranks, tick)
     finally:
         _end_all(tree)
@@ -120,6 +124,30 @@ def _rendezvous(num_ranks: int) -> Any:
     return TCPStore("127.0.0.1", 0, num_ranks, is_master=True, wait_for_workers=False)
 
 
+def _tell(told: tuple[int, int], port: int, num_ranks: int) -> None:
+    """Give every rank the port at which they meet."""
+    reading, writing = told
+    os.close(reading)
+    with contextlib.suppress(BrokenPipeError):  # all of them have ended: `_watch` sees how
+        os.write(writing, port.to_bytes(_PORT_BYTES, "little") * num_ranks)
+    os.close(writing)
+
+
+def _hear(told: tuple[int, int]) -> int:
+    """The port, once all ranks are there.
+
+    Raises:
+        EOFError: the parent has ended before.
+    """
+    reading, writing = told
+    os.close(writing)
+    data = os.read(reading, _PORT_BYTES)
+    os.close(reading)
+    if len(data) < _PORT_BYTES:
+        raise EOFError("the parent of the ranks ended before they met")
+    return int.from_bytes(data, "little")
+
+
 def _rank_environment(num_ranks: int, port: int) -> dict[str, str]:
     """Port 0: a single rank meets nobody and takes any free port when it wants one."""
     return {
@@ -132,7 +160,14 @@ def _rank_environment(num_ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _fork(tree: _Tree, rank: int, attempt_dir: Path, rank_main: Callable[[], int]) -> None:
+def _fork(
+    tree: _Tree,
+    rank: int,
+    num_ranks: int,
+    attempt_dir: Path,
+    rank_main: Callable[[], int],
+    told: tuple[int, int],
+) -> None:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -140,14 +175,21 @@ def _fork(tree: _Tree, rank: int, attempt_dir: Path, rank_main: Callable[[], int
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     pid = os.fork()
     if pid == 0:
-        _child(rank, parent, attempt_dir, rank_main)
+        _child(rank, num_ranks, parent, attempt_dir, rank_main, told)
     with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
     tree.living[pid] = rank
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _child(rank: int, parent: int, attempt_dir: Path, rank_main: Callable[[], int]) -> NoReturn:
+def _child(
+    rank: int,
+    num_ranks: int,
+    parent: int,
+    attempt_dir: Path,
+    rank_main: Callable[[], int],
+    told: tuple[int, int],
+) -> NoReturn:
     code = 1
     try:
         processes.die_with_parent(parent)
@@ -163,6 +205,7 @@ def _child(rank: int, parent: int, attempt_dir: Path, rank_main: Callable[[], in
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+        os.environ |= _rank_environment(num_ranks, _hear(told))
         code = rank_main()
     except BaseException:
         import traceback

@@ -106,5 +106,9 @@ if __name__ == "__mp_main__":
     processes.die_with_parent(os.getppid())
 
 if __name__ == "__main__":
+    # A lock that another thread holds at a fork stays taken in the rank for ever.
+    os.register_at_fork(
+        before=lambda: (folder / f"threads_{time.monotonic_ns()}").write_text(str(len(os.listdir("/proc/self/task"))))
+    )
     modules = ["torch.distributed"] + (["megatron.core.models.gpt"] if what == "meet" else [])
     sys.exit(run_ranks(num_ranks, folder, work, modules))

@@ -85,6 +85,8 @@ def test_four_ranks_import_megatron_once_and_meet(start: Callable[..., Tree]) ->
     for rank in range(4):
         log = (tree.folder / "logs" / f"rank_{rank:04d}.log").read_text()
         assert f"sum 6 threads {threads}" in log
+    at_forks = [path.read_text() for path in tree.folder.glob("threads_*")]
+    assert at_forks == ["1"] * 4
 
 
 def test_the_first_error_is_named_not_those_that_followed(start: Callable[..., Tree]) -> None:
