@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-TARGETS = {"--help": 0.3, "plan recipe=medical": 1.0}  # [s] above a bare interpreter
+CONVERT = "convert-ckpt --dry-run"  # all that comes before the first byte
+TARGETS = {"--help": 0.3, "plan recipe=medical": 1.0, CONVERT: 0.5}  # [s] above a bare interpreter
 
 
 def seconds(arguments: list[str], cwd: Path) -> float:
@@ -34,9 +35,12 @@ def seconds(arguments: list[str], cwd: Path) -> float:
 
 def contestants(folder: Path) -> dict[str, list[str]]:
     """Name -> command; the recipe gets a base checkpoint and corpora of real size in files, but small ones."""
+    from cpt.checkpoint import hf_config
+    from tests.checkpoints import write_hf
     from tests.command import write_base, write_corpus
 
     write_base(folder / "base")
+    write_hf(folder / "model", hf_config.read_config(folder / "base"))
     write_corpus(folder / "medical.jsonl", documents=5000)
     write_corpus(folder / "general.jsonl", documents=5000)
     given = ["base=base", "sources.medical=medical.jsonl", "sources.general=general.jsonl"]
@@ -44,6 +48,7 @@ def contestants(folder: Path) -> dict[str, list[str]]:
         "bare interpreter": [sys.executable, "-c", "pass"],
         "--help": [sys.executable, "-m", "cpt", "--help"],
         "plan recipe=medical": [sys.executable, "-m", "cpt", "plan", "recipe=medical", *given],
+        CONVERT: [sys.executable, "-m", "cpt", "convert-ckpt", "model", "atom", "--to", "atom", "--dry-run"],
     }
 
 

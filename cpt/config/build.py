@@ -148,10 +148,12 @@ def _known_laws(
     Raises:
         PlanError: a law that was given as a file must not be used, or cannot be asked for its target.
     """
+    wanted = {value.partition(".")[0] for stage in plan.stages.values() for value in stage.law.values()}
+    if not wanted:
+        return {}, {}
     from cpt.stages import law_file, law_values, reuse
     from cpt.stages.law import options_of
 
-    wanted = {value.partition(".")[0] for stage in plan.stages.values() for value in stage.law.values()}
     found: dict[str, dict[str, Any]] = {}
     told: dict[str, dict[str, object]] = {}
     for name in sorted(wanted):

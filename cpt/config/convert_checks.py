@@ -10,12 +10,15 @@ from cpt.plan.types import RunPlan
 
 def impossible(plan: RunPlan) -> Iterator[CptError]:
     """What is wrong with the layouts of stages that write Megatron's per-rank files."""
+    stages = [s for s in plan.stages.values() if s.kind == "convert" and s.options.get("to") == "megatron"]
+    if not stages:
+        return
     from cpt.checkpoint import layouts, megatron_args
     from cpt.checkpoint.content import Layout
 
-    for stage in plan.stages.values():
+    for stage in stages:
         model = plan.model_of(stage)
-        if stage.kind != "convert" or stage.options.get("to") != "megatron" or model is None:
+        if model is None:
             continue
         layout = Layout(tp=stage.options.get("tp") or 1, pp=stage.options.get("pp") or 1)
         padded = -(-model.vocab_size // layout.tp) * layout.tp  # no vocabulary is too odd

@@ -53,6 +53,8 @@ def _ceil_percent(share: float) -> int:
 
 def unfittable(plan: RunPlan) -> Iterator[PlanError]:
     """Laws that could not be fitted to what their proxies will measure, by the laws' own rules."""
+    if not any(stage.kind == "law" for stage in plan.stages.values()):
+        return  # what fits laws takes a while to import
     from cpt.laws import LAWS
 
     for name, stage in plan.stages.items():
@@ -74,12 +76,13 @@ def unfittable(plan: RunPlan) -> Iterator[PlanError]:
 
 def wrong_table(plan: RunPlan) -> Iterator[CptError]:
     """Tables of finished runs that a law could not be fitted to, or that do not answer what is asked of it."""
+    given = [n for n, s in plan.stages.items() if s.kind == "law" and s.options.get("data") is not None]
+    if not given:
+        return
     from cpt.stages.law import options_of
     from cpt.stages.law_work import given_table
 
-    for name, stage in plan.stages.items():
-        if stage.kind != "law" or stage.options.get("data") is None:
-            continue
+    for name in given:
         try:
             given_table(options_of(plan, name))
         except CptError as error:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.base.errors import DONE, SAVED, UsageError
-from cpt.checkpoint.average import Average, Member
 from cpt.plan.types import Job, Parallel, RunPlan, StagePlan
 from cpt.stages import STAGES, StageKind, parents, state
 
@@ -61,6 +60,7 @@ class MergedStage(StageKind):
     @classmethod
     def work(cls, plan: RunPlan, job: Job) -> int:
         """Average and measure, candidate by candidate; one `eval` event each, with its `mixture`."""
+        from cpt.checkpoint.average import Average, Member
         from cpt.data.corpus import Corpus
         from cpt.stages.measuring import measuring
         from cpt.stages.train import valid_sets
