@@ -33,7 +33,8 @@ class Convert(StageKind):
     Args:
         to: `hf`, `native`, `megatron` or `atom`.
         dtype: `fp32`, `bf16` or `fp16` for a Hugging Face folder; `auto` is that of the base, or fp32.
-        tp, pp: ranks of `megatron`, 1 each by default.
+        tp: tensor ranks of `megatron`, 1 by default.
+        pp: pipeline ranks of `megatron`, 1 by default.
         weights_only: `megatron` and `atom` are written without Adam's state.
     """
 
