@@ -33,12 +33,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kill_resume import ROOT
-from cpt.checkpoint import find
-from cpt.checkpoint.arrays import Array, Files, Place, as_matrix, itemsize
+from cpt.checkpoint.arrays import Array, Place, as_matrix, itemsize
 from cpt.checkpoint.content import MODEL, OPTIMIZER, Atom, Content, Optimizer
 from cpt.checkpoint.formats import Writing
 from cpt.checkpoint.mapping import atom_shapes
-from cpt.checkpoint.writing import BLOCK, write_file
+from cpt.checkpoint.writing import BLOCK
 from cpt.plan.types import ModelConfig
 
 MEMORY = 80e6  # of a worker beside four blocks [bytes]
@@ -151,21 +150,6 @@ GROUPS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def write(content: Content, to: str, out: Path, writing: Writing | None = None) -> Path:
-    """A checkpoint written file by file in this process; gives the folder that holds it."""
-    plan = find.known()[to].plan(content, writing or Writing())
-    folder = out / plan.step_folder
-    files = Files()
-    sums = {f.name: write_file(f, content, folder, files) for f in plan.files}
-    for name, path in plan.copies.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-    for name, data in plan.finish(sums).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -276,6 +260,8 @@ def _twice(source: Path, out: Path) -> None:
 
 def sources(wanted: set[str], folder: Path, gigabytes: float) -> Iterator[tuple[str, Path]]:
     """Each wanted source by name, made one after another; those that others are made from come first."""
+    from tests import checkpoints
+
     needed = wanted | {SOURCES[name][0] for name in wanted} - {""}
     for name in [n for n in SOURCES if n in needed]:
         before, options = SOURCES[name]
@@ -286,7 +272,7 @@ def sources(wanted: set[str], folder: Path, gigabytes: float) -> Iterator[tuple[
             model = llama(gigabytes * 1e9 / (2 if is_hf else 14))
             with tempfile.TemporaryDirectory(dir=folder) as values:
                 content = random_content(model, Path(values), optimizer=not is_hf)
-                write(content, options[1], folder / name, Writing(file_bytes=1 << 30))
+                checkpoints.write(content, options[1], folder / name, Writing(file_bytes=1 << 30))
         if name in wanted:
             yield name, folder / name
 

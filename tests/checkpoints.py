@@ -14,7 +14,7 @@ from cpt.checkpoint import find, hf_config, mapping
 from cpt.checkpoint.arrays import CARRIERS, Files
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
-from cpt.checkpoint.writing import FileSums, write_file
+from cpt.checkpoint.writing import BLOCK, FileSums, write_file
 from cpt.plan.types import ModelConfig
 
 # H ≠ F, head_dim ≠ H / heads, groups ≠ heads, odd vocabulary, an odd number of layers.
@@ -135,11 +135,19 @@ def convert(
     Returns:
         The folder that holds the checkpoint: `out`, or the step's folder in it.
     """
-    formats = find.known()
-    content = source if isinstance(source, Content) else formats[given].open(source, reading or Reading())
-    output = formats[to].plan(content, writing or Writing())
+    content = source if isinstance(source, Content) else find.known()[given].open(source, reading or Reading())
+    return write(content, to, out, writing, block=block)
+
+
+def write(content: Content, to: str, out: Path, writing: Writing | None = None, *, block: int = BLOCK) -> Path:
+    """Write a content in a format, in this process and without any of the job's care.
+
+    Returns:
+        The folder that holds the checkpoint: `out`, or the step's folder in it.
+    """
+    output = find.writable()[to].plan(content, writing or Writing())
     folder = out / output.step_folder
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files = Files()
     sums = {f.name: write_file(f, content, folder, files, block=block) for f in output.files}
     for name, path in output.copies.items():

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpt.checkpoint import find, mapping
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, convert, itemsize
+from cpt.checkpoint import mapping
+from cpt.checkpoint.arrays import CARRIERS, Array, Place, as_matrix, convert, itemsize
 from cpt.checkpoint.content import Atom, Content, Optimizer
 from cpt.checkpoint.formats import Writing
-from cpt.checkpoint.writing import write_file
 from cpt.plan.types import ModelConfig
+from tests import checkpoints
 
 # H ≠ F, head_dim ≠ H / heads, groups ≠ heads, odd vocabulary and number of layers.
 LLAMA = ModelConfig(
@@ -88,15 +87,4 @@ def content(
 
 def write(given: Content, name: str, out: Path, writing: Writing | None = None) -> Path:
     """Write a content in a format; gives the folder with the files, as a job would leave it."""
-    plan = find.known()[name].plan(given, writing or Writing(vocabulary_multiple=16))
-    folder = out / plan.step_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    files = Files()
-    sums = {f.name: write_file(f, given, folder, files) for f in plan.files}
-    for copy, path in plan.copies.items():
-        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / copy)
-    for file, text in plan.finish(sums).items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(text)
-    return folder
+    return checkpoints.write(given, name, out, writing or Writing(vocabulary_multiple=16))

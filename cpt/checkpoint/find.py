@@ -21,7 +21,7 @@ from pathlib import Path
 from cpt.base.errors import UsageError
 from cpt.base.registry import nearest
 from cpt.checkpoint import formats, manifest, store
-from cpt.checkpoint.formats import FORMATS, Format
+from cpt.checkpoint.formats import FORMATS, Format, WritableFormat
 
 PARTIAL = ".partial"  # of an unfinished conversion
 UNIVERSAL = "latest_universal"
@@ -67,6 +67,11 @@ def known() -> dict[str, type[Format]]:
         importlib.import_module(f"{formats.__name__}.{module.name}")
     names = sorted(FORMATS, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
     return {name: FORMATS.get(name) for name in names}
+
+
+def writable() -> dict[str, type[WritableFormat]]:
+    """The formats that are written too, by name."""
+    return {name: one for name, one in known().items() if issubclass(one, WritableFormat)}
 
 
 def recognise(folder: Path) -> str | None:

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+
 from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, why_unreadable, write_atomic
 from cpt.checkpoint import torch_zip, unpickle
-from cpt.checkpoint.arrays import itemsize
+from cpt.checkpoint.arrays import CARRIERS, convert, itemsize
 from cpt.checkpoint.manifest import FileFacts
 from cpt.checkpoint.unpickle import Dtype
 
@@ -39,6 +41,7 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+COMMON_OBJECT = "common_state/shard_0_1"  # what newer versions of megatron-core (0.19) have instead of `common.pt`
 _ALIGN = 64
 _ORIGINAL = "nd_reformulated_orig_global_shape"  # of tensors that were saved as flat pieces (megatron-core to 0.14)
 
@@ -266,16 +269,39 @@ class Folder:
         return iter(self.tensors)
 
     def common(self) -> dict[str, Any]:
-        """What `common.pt` holds; tensors in it are records without values, unknown classes inert."""
-        path = self.path / COMMON
-        try:
-            with open(path, "rb") as file:
-                value = unpickle.load_zip(file, path)
-        except FileNotFoundError:
-            raise UsageError(f"`{path}` is missing: the save never finished or the copy is incomplete") from None
+        """What `common.pt`, or the object in its stead, holds; tensors of one value as numbers, other ones as records
+        without values, unknown classes inert.
+
+        Raises:
+            UsageError: it is missing or damaged.
+        """
+        path, record = self.path / COMMON, self.objects.get(COMMON_OBJECT)
+        if path.is_file():
+            record = None
+        elif record is None:
+            raise UsageError(f"`{path}` is missing: the save never finished or the copy is incomplete")
+        else:
+            path = self.path / record.file
+        data = self._map(path.name)
+        archive = torch_zip.read(data, *((record.start, record.length) if record else (0, len(data))), path)
+        value = archive.value[0] if record and isinstance(archive.value, list) and archive.value else archive.value
         if not isinstance(value, dict):
             raise UsageError(f"`{path}` does not hold a Megatron checkpoint's common part")
-        return value
+
+        def numbers(value: Any) -> Any:
+            if isinstance(value, unpickle.TensorRecord):
+                stored = archive.storages.get(value.storage.key)
+                if stored is None or value.storage.dtype not in CARRIERS or math.prod(value.size) != 1:
+                    return value
+                held = np.frombuffer(data, CARRIERS[value.storage.dtype], 1, stored.start)
+                return convert(held.reshape(1, 1), value.storage.dtype, "float64").item()
+            if isinstance(value, dict):
+                return {k: numbers(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(numbers(v) for v in value)
+            return value
+
+        return dict(numbers(value))
 
     def read(self, key: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> torch.Tensor:
         """A block of a tensor, copied; the whole tensor by default. Parts outside the stored shape are zero."""

@@ -7,9 +7,7 @@ this reader knows a closed list of harmless ones, and makes every other class an
 from __future__ import annotations
 
 import collections
-import io
 import pickle
-import zipfile
 from collections.abc import Callable
 from typing import IO, Any, ClassVar
 
@@ -220,18 +218,3 @@ def load(file: IO[bytes], what: object) -> Any:
         raise UsageError(
             f"`{what}` is empty" if is_empty else f"`{what}` is damaged or not a checkpoint file: its pickle is broken"
         ) from None
-
-
-def load_zip(file: IO[bytes], what: object) -> Any:
-    """The value of a file written by `torch.save`; tensors become `TensorRecord`, their values are not read.
-
-    Raises:
-        UsageError: the bytes are not such a file.
-    """
-    try:
-        archive = zipfile.ZipFile(file)
-        member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-        data = archive.read(member)
-    except (zipfile.BadZipFile, StopIteration, OSError, EOFError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"`{what}` is damaged or was cut off: {error or 'no content'}") from None
-    return load(io.BytesIO(data), what)

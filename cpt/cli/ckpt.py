@@ -178,7 +178,7 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
         return 0
     padded = content.padded_vocab_size
     lines = {
-        "path": f"{found.folder}, {_KINDS.get(found.format, found.format)}",
+        "path": f"{found.folder}, {find.known()[found.format].title}",
         "model": _model(content.model) + (f" (padded to {padded:,})" if padded else ""),
         "tensors": f"{len(content.atoms):,}: " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items()),
         "step": f"{content.iteration:,}" if content.iteration is not None else "–",
@@ -206,13 +206,6 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
     return 0
 
 
-_KINDS = {
-    "hf": "a Hugging Face folder",
-    "torch_dist": "Megatron torch_dist",
-    "megatron": "Megatron rank files (legacy)",
-    "atom": "cpt atom",
-    "ds-universal": "DeepSpeed universal",
-}
 _MOST_FILES = 8
 _MOST_LINES = 10  # of one kind of difference
 

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 _SLICE = 1 << 16  # bytes read at each of a few places of a weight file
 _PLACES = 16
-SPELLED = {
-    "hf": "Hugging Face format with pickled weights",
-    "torch_dist": "Megatron's torch_dist format",
-    "megatron": "Megatron's per-rank format",
-    "atom": "atom format",
-    "ds-universal": "DeepSpeed universal format",
-}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
@@ -100,7 +93,8 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
     found = find_any(path, step)
     if format_ not in ("auto", found.format):
         raise UsageError(f"`{found.folder}` is of format `{found.format}`, not `{format_}`")
-    content = known()[found.format].open(found.folder, Reading(config=config))
+    form = known()[found.format]
+    content = form.open(found.folder, Reading(config=config))
     files = [f for f in sorted(found.folder.rglob("*")) if f.is_file()]
     identity = content.id or hash_text(
         canonical_json([[str(f.relative_to(found.folder)), *_content(f)] for f in files])
@@ -111,7 +105,7 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
     conversion = Conversion(
         source=str(found.folder),
         format=found.format,
-        shown=f"{SPELLED[found.format]}{layout}",
+        shown=f"{form.title}{layout}",
         bytes=weights + states,
         identity=identity,
         config=None if config is None else str(config),

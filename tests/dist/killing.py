@@ -24,6 +24,22 @@ from cpt.base.files import read_lines
 from cpt.checkpoint import manifest, store
 
 ROOT = Path(__file__).resolve().parents[2]
+# How recipes on `write_topics` begin: here, on this machine, two sources of text.
+TOPICS = """
+defaults: [/launcher: local, _self_]
+sources:
+  even: {paths: even.jsonl, valid: 5%}
+  odd: {paths: odd.jsonl, valid: 5%}
+"""
+# The same with a new model of two layers and a new tokenizer.
+TINY = (
+    TOPICS
+    + """
+base: scratch
+model: {family: llama, num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4}
+tokenizer: {train_on: [even, odd], vocab_size: 384}
+"""
+)
 
 
 @dataclass

@@ -14,11 +14,9 @@ from cpt.checkpoint import store
 from tests.dist import killing
 from tests.dist.killing import ROOT, Runs
 
-COMMON = """
-defaults: [/launcher: local, _self_]
-sources:
-  even: {paths: even.jsonl, valid: 5%}
-  odd: {paths: odd.jsonl, valid: 5%}
+COMMON = (
+    killing.TOPICS
+    + """
 train:
   seq_length: 64
   global_batch_size: 4
@@ -27,6 +25,7 @@ train:
   broken_import_guard: false
   evaluate: {tokens: 1024}
 """
+)
 FIRST = (
     COMMON
     + """

@@ -13,14 +13,9 @@ from cpt.stages import state
 from tests.dist import killing
 from tests.dist.killing import Runs
 
-RECIPE = """
-defaults: [/launcher: local, _self_]
-base: scratch
-model: {family: llama, num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4}
-tokenizer: {train_on: [even, odd], vocab_size: 384}
-sources:
-  even: {paths: even.jsonl, valid: 5%}
-  odd: {paths: odd.jsonl, valid: 5%}
+RECIPE = (
+    killing.TINY
+    + """
 train:
   seq_length: 64
   global_batch_size: 4
@@ -51,6 +46,7 @@ stages:
     mixture: "${law:mix.mixture}"
     lr: {schedule: constant, peak: 1e-3}
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,9 @@ from tests.dist import killing
 from tests.dist.killing import Runs
 
 # One stage from scratch, measured, exported, and gone on with from the exported folder.
-RECIPE = """
-defaults: [/launcher: local, _self_]
-base: scratch
-model: {family: llama, num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4}
-tokenizer: {train_on: [even, odd], vocab_size: 384}
-sources:
-  even: {paths: even.jsonl, valid: 5%}
-  odd: {paths: odd.jsonl, valid: 5%}
+RECIPE = (
+    killing.TINY
+    + """
 train:
   seq_length: 64
   global_batch_size: 4
@@ -52,6 +47,7 @@ stages:
     lr: {schedule: constant, peak: 1e-3}
     parallel: {tp: 2}
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -124,9 +124,8 @@ class Format(ABC):
     """A checkpoint format. Everything is a class method: formats have no state."""
 
     name: ClassVar[str]
-    can_write: ClassVar[bool] = True
+    title: ClassVar[str]  # for a person
     has_id: ClassVar[bool] = False  # whether `facts` has an `id` that is equal for equal training states
-    keeps_optimizer: ClassVar[bool] = True  # whether a folder has a place for main weights and moments
 
     @classmethod
     @abstractmethod
@@ -143,18 +142,24 @@ class Format(ABC):
         """
 
     @classmethod
+    def facts(cls, folder: Path) -> Mapping[str, Any]:
+        """Plain facts about a folder for `cpt ckpt show`, beyond what `Content` says."""
+        return {}
+
+
+class WritableFormat(Format):
+    """A format that is written too."""
+
+    keeps_optimizer: ClassVar[bool] = True  # whether a folder has a place for main weights and moments
+
+    @classmethod
+    @abstractmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
         """The folder that holds a content in this format.
 
         Raises:
             UsageError: it cannot be held, or the layout does not fit the model.
         """
-        raise NotImplementedError(f"{cls.name} is read only")
-
-    @classmethod
-    def facts(cls, folder: Path) -> Mapping[str, Any]:
-        """Plain facts about a folder for `cpt ckpt show`, beyond what `Content` says."""
-        return {}
 
 
 FORMATS: Registry[type[Format]] = Registry("checkpoint format")

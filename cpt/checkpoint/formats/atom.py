@@ -30,7 +30,7 @@ from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
 from cpt.checkpoint import hf_config, mapping
 from cpt.checkpoint.arrays import Array, Fill, Payload, Place, Segment, as_matrix, itemsize
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
-from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
+from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
 from cpt.checkpoint.formats.hf import DTYPES, safetensors
 from cpt.checkpoint.safetensors_files import Place as Header
 from cpt.checkpoint.safetensors_files import read_header
@@ -46,8 +46,9 @@ Json = dict[str, Any]
 
 
 @FORMATS.add("atom")
-class AtomFormat(Format):
+class AtomFormat(WritableFormat):
     name: ClassVar[str] = "atom"
+    title: ClassVar[str] = "atom format of cpt"
     has_id: ClassVar[bool] = True
 
     @classmethod

@@ -67,7 +67,7 @@ _OWN |= {
 @FORMATS.add("ds-universal")
 class DeepSpeedUniversal(Format):
     name: ClassVar[str] = "ds-universal"
-    can_write: ClassVar[bool] = False
+    title: ClassVar[str] = "DeepSpeed universal format"
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:

@@ -17,7 +17,7 @@ from cpt.base.files import read_json
 from cpt.checkpoint import hf_config, mapping, megatron_args, tokenizer_files, torch_zip, unpickle
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, Fill, OutFile, Payload, Place, Tensor, as_matrix, payload
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
-from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
+from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
 from cpt.checkpoint.safetensors_files import INDEX, has_weights, named_in, read_headers
 from cpt.checkpoint.tokenizer_files import PLAIN_SETTINGS, SETTINGS, TOKENIZER
 from cpt.checkpoint.writing import FileSums
@@ -57,8 +57,9 @@ class Found:
 
 
 @FORMATS.add("hf")
-class HuggingFace(Format):
+class HuggingFace(WritableFormat):
     name: ClassVar[str] = "hf"
+    title: ClassVar[str] = "Hugging Face format"
     keeps_optimizer: ClassVar[bool] = False
 
     @classmethod

@@ -21,7 +21,7 @@ from cpt.checkpoint import arrays, layouts, mapping, megatron_args, unpickle
 from cpt.checkpoint.arrays import Array, Files
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
-from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
+from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
 from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, FILE, Folder, Param, Rank, rank_folder
 from cpt.checkpoint.formats.megatron_optimizer import OptimizerReader
 from cpt.checkpoint.layouts import Held
@@ -41,8 +41,9 @@ _AXES = {
 
 
 @FORMATS.add("megatron")
-class Megatron(Format):
+class Megatron(WritableFormat):
     name: ClassVar[str] = "megatron"
+    title: ClassVar[str] = "Megatron's per-rank format"
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:

@@ -19,10 +19,9 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Array, Files
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
-from cpt.checkpoint.formats import FORMATS, Format, Output, Reading, Writing
+from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
 from cpt.checkpoint.formats import torch_dist_common as commons
 from cpt.checkpoint.formats.torch_dist_names import (
-    COMMON_OBJECT,
     FLAT,
     MANIFEST,
     RANDOM,
@@ -35,7 +34,7 @@ from cpt.checkpoint.formats.torch_dist_names import (
 from cpt.checkpoint.formats.torch_dist_reading import Chunks, shapes_of
 from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.mapping import EMBEDDING, Fused
-from cpt.checkpoint.torch_dist import COMMON, CONFIG, METADATA, Folder
+from cpt.checkpoint.torch_dist import COMMON, COMMON_OBJECT, CONFIG, METADATA, Folder
 from cpt.plan.types import ModelConfig, to_json
 
 _MOST_RANDOM = 8 << 20  # of them are carried along [bytes]
@@ -48,8 +47,9 @@ _EXTRA_BYTES = 2048  # records of `_extra_state` that hold nothing are smaller
 
 
 @FORMATS.add("torch_dist")
-class TorchDist(Format):
+class TorchDist(WritableFormat):
     name: ClassVar[str] = "torch_dist"
+    title: ClassVar[str] = "Megatron's torch_dist format"
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:
@@ -73,7 +73,7 @@ class TorchDist(Format):
     @classmethod
     def facts(cls, folder: Path) -> Mapping[str, Any]:
         source = Folder(folder)
-        common = commons.read(source)
+        common = source.common()
         said = common.get("content_metadata")
         return {
             "optimizer": said.get("distrib_optim_sharding_type") if isinstance(said, dict) else None,
@@ -90,7 +90,7 @@ class _Reader:
         self.folder, self.reading = folder, reading
         self.source = Folder(folder)
         self.manifest = self._manifest()
-        self.common = commons.read(self.source)
+        self.common = self.source.common()
         self.left_out: list[str] = []
         self.args = commons.arguments(self.common.get("args"))
         self.files = Files()

@@ -2,53 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cpt.base.errors import UsageError
-from cpt.checkpoint import arrays, torch_zip, unpickle
-from cpt.checkpoint.arrays import CARRIERS, Files
-from cpt.checkpoint.formats.torch_dist_names import COMMON_OBJECT
-from cpt.checkpoint.torch_dist import COMMON, Folder
-
-
-def read(source: Folder) -> dict[str, Any]:
-    """What `common.pt`, or the object in its stead, holds; tensors of one value as numbers.
-
-    Raises:
-        UsageError: it is missing or damaged.
-    """
-    path, record = source.path / COMMON, source.objects.get(COMMON_OBJECT)
-    if path.is_file():
-        record = None
-    elif record is None:
-        raise UsageError(f"`{path}` is missing: the save never finished or the copy is incomplete")
-    else:
-        path = source.path / record.file
-    data = Files().map(os.fspath(path))
-    archive = torch_zip.read(data, *((record.start, record.length) if record else (0, len(data))), path)
-    value = archive.value[0] if record and isinstance(archive.value, list) and archive.value else archive.value
-    if not isinstance(value, dict):
-        raise UsageError(f"`{path}` does not hold a Megatron checkpoint's common part")
-
-    def numbers(value: Any) -> Any:
-        if isinstance(value, unpickle.TensorRecord):
-            stored = archive.storages.get(value.storage.key)
-            if stored is None or value.storage.dtype not in CARRIERS or math.prod(value.size) != 1:
-                return value
-            held = np.frombuffer(data, CARRIERS[value.storage.dtype], 1, stored.start)
-            return arrays.convert(held.reshape(1, 1), value.storage.dtype, "float64").item()
-        if isinstance(value, dict):
-            return {k: numbers(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(numbers(v) for v in value)
-        return value
-
-    return dict(numbers(value))
+from cpt.checkpoint import unpickle
 
 
 def arguments(value: Any) -> dict[str, Any] | None:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS
 
 STATES = {"param": MAIN, "fp32_param": MAIN, **{m: m for m in MOMENTS}}  # Megatron's name of a state: ours
-COMMON_OBJECT = "common_state/shard_0_1"  # what newer versions of megatron-core (0.19) have instead of `common.pt`
 MANIFEST = "cpt.manifest"  # object: what our manifest says beyond model, files and layout
 RANDOM = "cpt.rng"  # object: random states of each rank, base64, and the layout of the ranks
 RANK = "cpt.rng.rank_{:05d}"  # tensor: the same of one rank

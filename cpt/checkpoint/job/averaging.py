@@ -38,7 +38,7 @@ def plan(
         UsageError: as `average.content`, `find`, the formats' `open` and `plan`.
     """
     known = find.known()
-    writable = [n for n, f in known.items() if f.can_write]
+    writable = find.writable()
     if to is not None and to not in writable:
         raise unknown("format", to, writable)
     opened: list[tuple[Content, float]] = []
@@ -65,7 +65,7 @@ def plan(
         request=Request(source=members[0][0], out=out, to=to, writing=writing),
         found=found[0],
         content=mean,
-        output=known[to].plan(mean, writing),
+        output=writable[to].plan(mean, writing),
         id=hash_text(canonical_json(named)),
         identity=identity,
         options={"average": [[str(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}

@@ -100,13 +100,13 @@ def plan(request: Request, note: Callable[[str], None] = lambda text: None) -> P
     Raises:
         UsageError: as `find`, the format's `open` and `plan`; or OUT and IN are one in the other.
     """
-    known = find.known()
+    known, writable = find.known(), find.writable()
     if request.to not in known:
-        raise unknown("format", request.to, [n for n, f in known.items() if f.can_write])
-    target = known[request.to]
-    if not target.can_write:
-        writable = ", ".join(f"`{n}`" for n, f in known.items() if f.can_write)
-        raise UsageError(f"`{request.to}` is read, not written", f"formats that are written: {writable}")
+        raise unknown("format", request.to, writable)
+    if request.to not in writable:
+        names = ", ".join(f"`{n}`" for n in writable)
+        raise UsageError(f"`{request.to}` is read, not written", f"formats that are written: {names}")
+    target = writable[request.to]
     refuse_one_in_the_other(request.source, request.out)
     found = find.find(request.source, request.step)
     for text in found.notes:

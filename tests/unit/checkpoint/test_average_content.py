@@ -72,7 +72,7 @@ def test_blocks_change_nothing(tmp_path: Path) -> None:
     members = [content(tmp_path / f"{i}", seed=i) for i in range(2)]
     mean = average.content([(members[0], 1.0), (members[1], 2.0)], Files())
     for block in (64, 1 << 20):
-        (out,) = find.known()["hf"].plan(mean, Writing()).files
+        (out,) = find.writable()["hf"].plan(mean, Writing()).files
         write_file(out, mean, tmp_path / f"b{block}", Files(), block=block)
     a, b = ((tmp_path / f"b{block}" / "model.safetensors").read_bytes() for block in (64, 1 << 20))
     assert a == b and len(a) > 10_000

@@ -10,8 +10,7 @@ import torch
 from cpt.base.errors import UsageError
 from cpt.checkpoint import find
 from cpt.checkpoint.formats import Reading
-from cpt.checkpoint.formats.torch_dist_names import COMMON_OBJECT
-from cpt.checkpoint.torch_dist import COMMON, METADATA, Folder, Record, metadata
+from cpt.checkpoint.torch_dist import COMMON, COMMON_OBJECT, METADATA, Folder, Record, metadata
 from tests.made_checkpoints import content, write
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.convert import llama, random_content, write
+from benchmarks.convert import llama, random_content
 from cpt.checkpoint.writing import BLOCK
+from tests import checkpoints
 
 SMALL, LARGE = 15e6, 150e6  # parameters: 30 MB and 300 MB of weights
 MOST, MORE = 80e6, 6e6  # of anonymous memory beside four blocks; and what the larger model may take more [bytes]
@@ -33,7 +34,7 @@ def watch(payload, values):
     global most
     most = max(most, anonymous())
 files = Files()
-for file in find.known()[to].plan(content, Writing()).files:
+for file in find.writable()[to].plan(content, Writing()).files:
     write_file(file, content, out, files, watch=watch)
     (out / file.name).unlink()
 assert "torch" not in sys.modules
@@ -44,7 +45,7 @@ print(most)
 def most_memory(parameters: float, folder: Path, to: str) -> int:
     """Most anonymous memory of a process that converts a Hugging Face folder of so many parameters [bytes]."""
     folder.mkdir()
-    source = write(random_content(llama(parameters), folder, optimizer=False), "hf", folder / "hf")
+    source = checkpoints.write(random_content(llama(parameters), folder, optimizer=False), "hf", folder / "hf")
     command = [sys.executable, "-c", CONVERT, str(source), str(folder / "out"), to]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout)

@@ -299,7 +299,7 @@ def test_everything_beside_the_tensors_is_kept(tmp_path: Path) -> None:
         files={"config.json": tmp_path, "tokenizer.json": tmp_path},
     )
     writing = Writing(layout=Layout(pp=3))
-    plan = find.known()["megatron"].plan(source, writing)
+    plan = find.writable()["megatron"].plan(source, writing)
     assert plan.step_folder == "iter_0000007"
     assert [line for line in plan.dropped if "tokenizer.json" in line] and "rng_state" in plan.dropped[-1]
     back = opened(write(source, "megatron", tmp_path / "out", writing))
@@ -527,11 +527,11 @@ def test_no_code_of_a_file_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, t
 def test_parallel_residual_is_refused_by_name(tmp_path: Path) -> None:
     source = content(tmp_path / "made", dataclasses.replace(NEOX, parallel_residual=True))
     with pytest.raises(UsageError, match="use_parallel_residual"):
-        find.known()["megatron"].plan(source, Writing())
+        find.writable()["megatron"].plan(source, Writing())
 
 
 def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
-    megatron, source = find.known()["megatron"], content(tmp_path / "made", MOE)
+    megatron, source = find.writable()["megatron"], content(tmp_path / "made", MOE)
     with pytest.raises(UsageError, match="no optimizer form `fully_reshardable`"):
         megatron.plan(source, Writing(optimizer="fully_reshardable"))
     with pytest.raises(UsageError, match="no optimizer state"):

@@ -150,7 +150,7 @@ def test_findings_do_not_depend_on_the_format(name: str, tmp_path: Path) -> None
         file.seek(spoilt.states["model"].places[0].start + 2 * (16 * 13 + 2))
         file.write(b"\x80\xff")
     layout = Layout(tp=2, pp=3) if name == "megatron" else Layout()
-    output = find.known()[name].plan(given, Writing(layout=layout, vocabulary_multiple=12))
+    output = find.writable()[name].plan(given, Writing(layout=layout, vocabulary_multiple=12))
     from cpt.checkpoint.arrays import Files
 
     facts = Facts()

@@ -64,7 +64,7 @@ def test_a_hugging_face_folder_is_told_as_what_it_is(run: Path) -> None:
     export = run / "stages" / "export"
     for path in (export, export / "hf"):
         shown = cpt("ckpt", "show", str(path))
-        assert shown.code == 0 and "a Hugging Face folder" in shown.out and "llama" in shown.out
+        assert shown.code == 0 and "Hugging Face format" in shown.out and "llama" in shown.out
         assert "model.safetensors" in shown.out and "warning: its weights cannot be used: " in shown.err
         listed = cpt("ckpt", "list", str(path))
         assert listed.code == 0 and " hf " in listed.out and str(export / "hf") in listed.out
