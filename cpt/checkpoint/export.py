@@ -1,4 +1,4 @@
-"""A native checkpoint as a Hugging Face folder, by the converter: one process, no Megatron, blocks in memory."""
+"""A checkpoint of a run as a Hugging Face folder, by the converter: one process, no Megatron, blocks in memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def to_hf(
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load. It appears whole or not at all.
 
     Args:
-        checkpoint: an `iter_*` folder.
-        dtype: auto (that of the base, or float32) | fp32 | bf16 | fp16, or as torch spells it.
+        checkpoint: an `iter_*` folder, or a Hugging Face folder.
+        dtype: fp32 | bf16 | fp16, or as torch spells it; auto: of an `iter_*` folder that of the base or float32, else
+            as it is.
         tokenizer: folder or `tokenizer.json` whose files go along.
         file_bytes: size at which another file is begun [bytes].
 
@@ -39,9 +40,11 @@ def to_hf(
     out = Path(out)
     if out.exists():
         raise UsageError(f"`{out}` exists already")
+    wanted: str | None = _DTYPES.get(dtype, dtype)
     if dtype == "auto":
-        dtype = hf_config.source_dtype(manifest.read(checkpoint).model)
-    writing = Writing(dtype=_DTYPES.get(dtype, dtype), optimizer="none", file_bytes=file_bytes)
+        is_native = (Path(checkpoint) / manifest.NAME).is_file()
+        wanted = hf_config.source_dtype(manifest.read(checkpoint).model) if is_native else None
+    writing = Writing(dtype=wanted, optimizer="none", file_bytes=file_bytes)
     beside = tokenizer_files.named(Path(tokenizer)) if tokenizer is not None else {}
     request = Request(
         source=Path(checkpoint), out=out, to="hf", reading=Reading(optimizer=False), writing=writing, files=beside

@@ -89,12 +89,9 @@ def _to_hf(plan: RunPlan, job: Job, stage_dir: Path, dtype: str) -> Path:
     target, half_done = stage_dir / "hf", stage_dir / ".hf.writing"
     shutil.rmtree(half_done, ignore_errors=True)
     assert job.parent is not None
-    if job.start == "hf":
-        shutil.copytree(job.parent, half_done)
-    else:
-        from cpt.checkpoint import export
+    from cpt.checkpoint import export
 
-        export.to_hf(job.parent, half_done, dtype=dtype, tokenizer=job.tokenizer)
+    export.to_hf(job.parent, half_done, dtype=dtype, tokenizer=job.tokenizer)
     if target.exists():  # of an earlier attempt that was killed just before it was recorded
         shutil.rmtree(target)
     os.rename(half_done, target)

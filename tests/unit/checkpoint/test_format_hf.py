@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import hf_config, mapping
+from cpt.checkpoint import export, hf_config, mapping
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.formats.hf import HuggingFace
@@ -220,6 +220,14 @@ def test_dtypes_change_where_asked_and_exceptions_keep_theirs(tmp_path: Path) ->
     }
     rounded = norm.view(np.uint32) + 0x7FFF + ((norm.view(np.uint32) >> 16) & 1)
     assert back["model.norm.weight"][2] == (rounded >> 16).astype(np.uint16).tobytes()
+
+
+def test_a_run_exports_the_dtype_that_is_asked_of_a_hugging_face_base_too(tmp_path: Path) -> None:
+    write_hf(tmp_path / "in", PLAIN)
+    for dtype, found in (("auto", "float32"), ("bf16", "bfloat16")):
+        export.to_hf(tmp_path / "in", tmp_path / dtype, dtype=dtype)
+        assert {a.dtype for a in opened(tmp_path / dtype).atoms.values()} == {found}
+        assert hf_config.source_dtype(hf_config.read_config(tmp_path / dtype)) == found
 
 
 def test_padding_is_dropped_or_kept(tmp_path: Path) -> None:
