@@ -11,6 +11,10 @@ conversion are the mean of those it reads and those it writes. Figures are media
 Targets: of the copy's rate, with one worker, 0.7 from and to `hf`, 0.6 between `atom` and `torch_dist` with Adam state,
 0.5 from `dp_reshardable` and `megatron`; two workers 1.5 times one worker or two copies at once; 80 MB of anonymous
 memory and four blocks for each worker without torch.
+
+Rows `verify-…` are the command `cpt ckpt verify` against plain reading of the same files by 8 MiB, in turn, each with
+the files put out of the page cache before it (cold) and again with them in it (warm). Target: 0.8 of the rate of
+reading, cold. What is in the cache is read faster than a CRC-32 is formed, so warm is only shown.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ from cpt.checkpoint.writing import BLOCK
 from cpt.plan.types import ModelConfig
 
 MEMORY = 80e6  # of a worker beside four blocks [bytes]
-CHUNK = 8 << 20  # of the plain copy [bytes]
+CHUNK = 8 << 20  # of the plain copy and of plain reading [bytes]
+VERIFY = 0.8  # of plain reading, cold
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ SOURCES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "torch_dist": ("atom", ("--to", "torch_dist")),
     "dp_reshardable": ("atom", ("--to", "torch_dist", "--optimizer", "dp_reshardable")),
     "megatron": ("atom", ("--to", "megatron", "--tp", "2")),
+    "converted.hf": ("hf", ("--to", "hf")),  # with checksums
 }
+VERIFIED = {f"verify-{source}": source for source in ("weights.torch_dist", "torch_dist", "atom", "converted.hf")}
 DIRECTIONS = (
     Direction("hf-atom", "hf", ("--to", "atom"), 0.7),
     Direction("hf-torch_dist", "hf", ("--to", "torch_dist"), 0.7),
@@ -176,7 +183,12 @@ class Run:
 
 def convert(source: Path, out: Path, options: tuple[str, ...], workers: int) -> Run:
     """Run the command; raises when it fails."""
-    command = [sys.executable, "-m", "cpt", "convert-ckpt", str(source), str(out), *options, "--workers", str(workers)]
+    return _run(["convert-ckpt", str(source), str(out), *options, "--workers", str(workers)])
+
+
+def _run(arguments: list[str]) -> Run:
+    """Run `cpt`; raises when it fails."""
+    command = [sys.executable, "-m", "cpt", *arguments]
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     most = [0]
@@ -244,7 +256,36 @@ def measure(direction: Direction, source: Path, scratch: Path, repeats: int) -> 
     return made | {"anonymous": max(found["anonymous"])}
 
 
-def _timed(size: int, work: Callable[[], None]) -> float:
+def read(source: Path) -> None:
+    """The reference of verification: every file by plain reads."""
+    buffer = bytearray(CHUNK)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _forget(source: Path) -> None:
+    """Put files out of the page cache."""
+    os.sync()
+    for path in (p for p in source.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_verify(source: Path, repeats: int) -> dict[str, float]:
+    """Medians of the rates of verification and of plain reading, each cold and warm [bytes/s]."""
+    found: dict[str, list[float]] = {}
+    works = {"verify": lambda: _run(["ckpt", "verify", str(source)]), "read": lambda: read(source)}
+    for _ in range(repeats):
+        for name, work in works.items():
+            _forget(source)
+            for state in ("cold", "warm"):
+                found.setdefault(f"{name} {state}", []).append(_timed(size_of(source), work))
+    return {name: statistics.median(rates) for name, rates in found.items()}
+
+
+def _timed(size: int, work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return size / (time.perf_counter() - start)
@@ -282,22 +323,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of each source")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", help="directions, by commas")
+    parser.add_argument("--only", help="directions and `verify-…` rows, by commas")
     parser.add_argument("--folder", type=Path, help="where to work (a temporary one)")
     given = parser.parse_args(arguments)
-    only = given.only.split(",") if given.only else [d.name for d in DIRECTIONS]
+    only = given.only.split(",") if given.only else [*(d.name for d in DIRECTIONS), *VERIFIED]
     chosen = [d for d in DIRECTIONS if d.name in only]
+    verified = {source: name for name, source in VERIFIED.items() if name in only}
     missed = 0
     with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
         folder = Path(temporary)
         print(
             f"{'direction':24}{'GB':>6}{'1 worker':>10}{'copy':>8}{'ratio':>7}  wanted   2 workers  2 copies   memory"
         )
-        for name, source in sources({d.source for d in chosen}, folder, given.gigabytes):
+        for name, source in sources({d.source for d in chosen} | set(verified), folder, given.gigabytes):
             for direction in [d for d in chosen if d.source == name]:
                 figures = measure(direction, source, folder / "scratch", given.repeats)
                 missed |= _show(direction, size_of(source), figures)
+            if name in verified:
+                missed |= _show_verify(verified[name], size_of(source), measure_verify(source, given.repeats))
     return missed
+
+
+def _show_verify(name: str, size: int, rates: Mapping[str, float]) -> int:
+    """Print one line; 1 when the target is missed."""
+    said = []
+    for state in ("cold", "warm"):
+        ours, plain = rates[f"verify {state}"], rates[f"read {state}"]
+        said.append(f"{state} {ours / 1e9:5.2f} of {plain / 1e9:5.2f} {ours / plain:5.2f}")
+    is_fast = rates["verify cold"] >= VERIFY * rates["read cold"]
+    print(f"{name:24}{size / 1e9:6.2f}  {said[0]}  {VERIFY} {_said(is_fast)}  {said[1]}", flush=True)
+    return int(not is_fast)
 
 
 def _show(direction: Direction, size: int, figures: Mapping[str, float]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import mmap
 import os
+import threading
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +16,20 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.base.files import read_json, why_unreadable
 from cpt.base.units import show_bytes
-from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, store
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, itemsize, rectangles, row_spans
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
-from cpt.checkpoint.formats import Format, Reading
+from cpt.checkpoint.formats import Reading
+from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, small_ones_wrong, stored_sums
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
-LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
-_DATA = (".safetensors", ".distcp", ".bin", ".pt")  # files of values, whose checksums are verified while they are read
 _PAD = " (padding rows)"
-_AHEAD = 16 << 20  # bytes that are asked for before they are needed
-_READ = 1 << 20  # bytes summed at a time
-_BLOCK = 1 << 18  # values looked at together
+_BLOCK = 1 << 17  # values looked at together: what stays in a core's cache
 _TURN = 1 << 24  # values that a thread takes at a time
+_AHEAD = 8  # blocks of each state that are asked for before they are needed
+_ASK = 1 << 17  # bytes asked for at once: of more, Linux reads only the beginning
+_SUM = 1 << 20  # bytes summed at once, so that more can be asked for meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Report:
         odd: what may be meant: tensors that are all zero, constant, subnormal.
         unseen: what its format cannot show.
         done: what was checked, one phrase each.
-        nbytes: read [bytes]; some values are read twice, once for checksums.
+        nbytes: read [bytes]; those of checksums and values count once.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ def inspect(
     *,
     reading: Reading | None = None,
     workers: int = 1,
-    watch: Callable[[int], None] = lambda nbytes: None,
+    watch: Watch = lambda nbytes: None,
 ) -> Report:
     """Check a checkpoint folder of any format: structure, checksums, main weights, values. Reads every byte.
 
@@ -93,7 +93,7 @@ def inspect(
         sums = file_sums(folder)
         if wrong := [line for s in sums if (line := s.why_not_there()) is not None]:
             return replace(report, wrong=tuple(wrong))
-        if wrong := list(_small_ones_wrong(sums)):  # what is opened would say something else of it
+        if wrong := list(small_ones_wrong(sums)):  # what is opened would say something else of it
             return replace(report, wrong=tuple(wrong))
         why = find.why_not_whole(folder)
         if why is not None and name != "megatron":
@@ -104,34 +104,35 @@ def inspect(
     return _inspect_values(replace(report, done=("structure",)), content, sums, workers, watch)
 
 
-def _inspect_values(
-    report: Report, content: Content, listed: Sequence[Sum], workers: int, watch: Callable[[int], None]
-) -> Report:
-    sums = [*listed, *_stored_sums(content, {str(s.file) for s in listed if s.is_whole})]
-    files = Files()
+def _inspect_values(report: Report, content: Content, listed: Sequence[Sum], workers: int, watch: Watch) -> Report:
+    sums = [*listed, *stored_sums(content, {str(s.file) for s in listed if s.is_whole})]
+    count, workers = _Count(watch), max(1, workers)
+    looker = _Looker(content, Summings(sums), count.add)
     wrong: list[str] = []
     seen: dict[str, Seen] = {}
     unequal: list[master.Wrong] = []
-    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        turns = list(_turns(content))
+        after = itertools.chain(turns[workers:], [None] * workers)  # what a thread is likely to take next
         try:
-            for line in pool.map(lambda s: s.why_wrong(watch), sums):
-                wrong += [line] if line is not None else []
-            if not wrong:
-                for values, odd_ones in pool.map(lambda turn: _look(content, files, turn, watch), _turns(content)):
-                    unequal += odd_ones
-                    for key, one in values.items():
-                        seen[key] = one if key not in seen else _joined(seen[key], one)
+            for values, odd_ones in pool.map(looker.look, turns, after):
+                unequal += odd_ones
+                for key, one in values.items():
+                    seen[key] = one if key not in seen else _joined(seen[key], one)
         except UsageError as error:
-            pool.shutdown(cancel_futures=True)
             wrong.append(error.message)
+            looker.stop()
+    with ThreadPoolExecutor(max_workers=workers) as pool:  # after all turns, that no byte is summed twice
+        changed = list(filter(None, pool.map(lambda s: s.why_wrong(count.add), looker.sums.all)))
+    if changed:  # explains whatever the values are
+        wrong, seen, unequal = changed, {}, []
     if unequal:
         refused = master.refuse(content, unequal)
         wrong.append(f"{refused.message}: {refused.hints[0]}")
     wrong += not_finite(seen)
-    summed = sum(s.length for s in sums)
     done = [*report.done]
     if sums:
-        done.append(f"{len(sums):,} checksums over {show_bytes(summed)}")
+        done.append(f"{len(sums):,} checksums over {show_bytes(sum(s.length for s in sums))}")
     if pairs := master.compared(content):
         done.append(f"main weights against model weights of {pairs:,} tensors")
     if seen:
@@ -142,160 +143,22 @@ def _inspect_values(
         odd=tuple(odd({n: s for n, s in seen.items() if _PAD not in n})),  # padding is often zero
         unseen=tuple(_unseen(content, sums)),
         done=tuple(done),
-        nbytes=summed + sum(s.numel * itemsize(s.dtype) for s in seen.values()),
+        nbytes=count.total,
     )
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Bytes of a file and the CRC-32 that they should have.
+class _Count:
+    """Adds up what threads have read and tells it."""
 
-    Args:
-        size: of the whole file; None where that is not said.
-        said_by: who says so, for messages.
-    """
+    def __init__(self, watch: Watch) -> None:
+        self.total = 0
+        self._watch = watch
+        self._lock = threading.Lock()
 
-    file: Path
-    start: int
-    length: int
-    crc32: int
-    said_by: str
-    size: int | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is of a whole file."""
-        return self.size is not None
-
-    def why_not_there(self) -> str | None:
-        """What is wrong with the file's name and size."""
-        try:
-            size = self.file.stat().st_size
-        except OSError:
-            return f"`{self.file.name}` is missing: `{self.said_by}` lists it"
-        if self.size is not None and size != self.size:
-            return f"`{self.file.name}` has {size:,} bytes instead of {self.size:,}"
-        return None
-
-    def why_wrong(self, watch: Callable[[int], None]) -> str | None:
-        """What is wrong with the bytes; reads them."""
-        crc, left = 0, self.length
-        buffer = memoryview(bytearray(min(_READ, max(1, left))))
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.start)
-                while left:
-                    if (self.length - left) % _AHEAD == 0:
-                        _ask_for(file.fileno(), self.start + self.length - left + _AHEAD, min(_AHEAD, left))
-                    got = file.readinto(buffer[: min(_READ, left)])
-                    if not got:
-                        return f"`{self.file.name}` was cut off while it was read"
-                    crc = zlib.crc32(buffer[:got], crc)
-                    left -= got
-                    watch(got)
-        except OSError as error:
-            return f"`{self.file.name}` {why_unreadable(error)}"
-        if crc == self.crc32:
-            return None
-        where = "" if self.is_whole else f" at byte {self.start:,}"
-        return (
-            f"`{self.file.name}` has other bytes than were written{where} "
-            f"(checksum {crc:08x} instead of {self.crc32:08x})"
-        )
-
-
-def _ask_for(descriptor: int, start: int, length: int) -> None:
-    """Let the system read a part of a file while the one before it is summed; where it can."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-
-
-def file_sums(folder: Path) -> list[Sum]:
-    """Checksums of whole files that a manifest in the folder lists; the manifest of a training save before others.
-
-    Raises:
-        UsageError: a manifest is damaged.
-    """
-    if (folder / manifests.NAME).is_file():
-        files = manifests.read(folder).files
-        try:
-            return [_whole(folder, n, f.size, f.crc32, manifests.NAME) for n, f in files.items()]
-        except _NotInFolder as error:
-            raise UsageError(f"`{folder / manifests.NAME}` is damaged: {error}") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"`{folder / manifests.NAME}` {why_unreadable(error)}") from None
-    for name in LISTS:
-        if not (folder / name).is_file():
-            continue
-        try:
-            value = read_json(folder / name)
-            listed = value.get("files") or value.get("conversion", {}).get("files") or ()
-            if isinstance(listed, Mapping):
-                listed = [{"name": n, **facts} for n, facts in listed.items()]
-            return [_whole(folder, f["name"], f["size"], f["crc32"], name) for f in listed]
-        except _NotInFolder as error:
-            raise UsageError(f"`{folder / name}` is damaged: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"`{folder / name}` {why_unreadable(error)}") from None
-    return []
-
-
-def open_checked(form: type[Format], folder: Path, reading: Reading) -> Content:
-    """A checkpoint whose bytes are to be used: `form.open`, after the checksums of all small files that are listed.
-
-    Files of values are left to their readers, which find their checksums in `content.crc32`.
-
-    Raises:
-        UsageError: as `form.open` and `with_listed_sums`; or a small file has other bytes than were written.
-    """
-    for line in _small_ones_wrong(file_sums(folder)):
-        raise UsageError(f"`{folder}`: {line}", "`cpt ckpt verify` checks all its files")
-    return with_listed_sums(form.open(folder, reading))
-
-
-def _small_ones_wrong(sums: Sequence[Sum]) -> Iterator[str]:
-    """What is wrong with files that hold no values."""
-    for s in sums:
-        if s.file.suffix not in _DATA or s.file.name == "common.pt":
-            line = s.why_not_there() or s.why_wrong(lambda nbytes: None)
-            if line is not None:
-                yield line
-
-
-def with_listed_sums(content: Content) -> Content:
-    """A content that also knows the checksums that a manifest beside it lists, of files without checksums of their own.
-
-    Raises:
-        UsageError: the manifest is damaged, or a file that it lists is missing or of another size.
-    """
-    sums = file_sums(content.path)
-    for line in (s.why_not_there() for s in sums):
-        if line is not None:
-            raise UsageError(f"`{content.path}`: {line}")
-    more = {str(s.file): ((0, s.length, s.crc32),) for s in sums if str(s.file) not in content.crc32}
-    return replace(content, crc32={**content.crc32, **more}) if more else content
-
-
-class _NotInFolder(ValueError):
-    """A list names a file that is none of its folder."""
-
-
-def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str) -> Sum:
-    inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not inside or isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise _NotInFolder(f"`{name}` is not a file of the folder with a size")
-    value = crc32 if isinstance(crc32, int) else int(str(crc32), 16)
-    return Sum(folder / str(name), 0, size, value, said_by, size)
-
-
-def _stored_sums(content: Content, whole: Container[str]) -> Iterator[Sum]:
-    """Checksums that the format itself carries, of files that no manifest covers as a whole."""
-    for name, ranges in content.crc32.items():
-        file = Path(name)
-        if str(file) not in whole:
-            for start, length, crc in ranges:
-                yield Sum(file, start, length, crc, content.format)
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.total += nbytes
+        self._watch(nbytes)
 
 
 def _unseen(content: Content, sums: Sequence[Sum]) -> Iterator[str]:
@@ -312,51 +175,165 @@ def _unseen(content: Content, sums: Sequence[Sum]) -> Iterator[str]:
         )
 
 
-Turn = tuple[Atom, bool, int, int]
+@dataclass(frozen=True)
+class _Turn:
+    """Rows of a tensor, in all its states: what a thread works on at a time.
+
+    Args:
+        pad: whether these are its padding rows.
+    """
+
+    atom: Atom
+    pad: bool
+    first: int
+    last: int
+
+    @property
+    def states(self) -> Mapping[str, Array]:
+        """Its arrays, all of one shape."""
+        return self.atom.pad if self.pad else self.atom.states
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each state as a whole."""
+        return next(iter(self.states.values())).shape
+
+    def boxes(self) -> Iterator[_Box]:
+        """Blocks that cover the rows."""
+        return rectangles(self.first, self.last, as_matrix(self.shape)[1], _BLOCK)
 
 
-def _turns(content: Content) -> Iterator[Turn]:
-    """(atom, whether its padding rows, first row, last row): parts of about equal size that threads work on."""
+_Box = tuple[int, int, tuple[int, int]]  # row, column, shape
+
+
+def _turns(content: Content) -> Iterator[_Turn]:
+    """All rows of all tensors, in parts of about equal size."""
     for atom in content.atoms.values():
         for pad, states in ((False, atom.states), (True, atom.pad)):
-            if not states:
+            if states:
+                for first, last in row_spans(next(iter(states.values())).shape, _TURN):
+                    yield _Turn(atom, pad, first, last)
+
+
+class _Looker:
+    """Looks at values, and sums the bytes that hold them while they are at hand."""
+
+    def __init__(self, content: Content, sums: Summings, watch: Watch) -> None:
+        self.content = content
+        self.sums = sums
+        self.watch = watch
+        self.files = Files()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Let turns that have not begun be nothing."""
+        self._is_stopped = True
+
+    def look(self, turn: _Turn, after: _Turn | None) -> tuple[dict[str, Seen], list[master.Wrong]]:
+        """Read some rows of all states of a tensor once: their values, and main weights against model weights.
+
+        Args:
+            after: whose beginning is asked for already.
+        """
+        if self._is_stopped:
+            return {}, []
+        atom, states = turn.atom, turn.states
+        rows, columns = as_matrix(turn.shape)
+        names = {s: f"{atom.name}{_PAD if turn.pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
+        seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
+        wrong: list[master.Wrong] = []
+        compare = MAIN in states and MODEL in states and atom.name not in self.content.unrounded
+        ahead = _ahead(turn, after)
+        for begin in itertools.islice(ahead, _AHEAD):
+            self._ask_for(*begin)
+        for box in turn.boxes():
+            for later in itertools.islice(ahead, 1):
+                self._ask_for(*later)
+            blocks = {}
+            for state, array in states.items():
+                self._sum(array, box)
+                blocks[state] = _block(self.files, array, *box)
+                seen[names[state]].add(blocks[state], box[0] * columns + box[1])
+            if compare:
+                at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
+                if len(at):
+                    main = blocks[MAIN].reshape(box[2])
+                    wrong.append(master.wrong_at(atom.name, turn.pad, at, main, box[:2], (rows, columns)))
+        return seen, master.together(wrong)
+
+    def _sum(self, array: Array, box: _Box) -> None:
+        """Sum the bytes that hold a block, as far as nobody has and there is a checksum of them."""
+        for file, start, end, held in _stretches(array, box):
+            if file not in self.sums:
+                self.watch(held)
                 continue
-            for first, last in row_spans(next(iter(states.values())).shape, _TURN):
-                yield atom, pad, first, last
+            data = self.files.map(file)
+            for one in self.sums.crossing(file, start, min(end, len(data))):
+                for first, last in one.take(start, min(end, len(data))):
+                    one.note(first, last, self._crc32(data, first, last))
+
+    def _crc32(self, data: mmap.mmap | bytes, start: int, end: int) -> int:
+        crc = 0
+        with memoryview(data) as view:
+            for at in range(start, end, _SUM):
+                if end - start > _SUM:
+                    _ask_for(data, at + _AHEAD * _SUM, min(at + (_AHEAD + 1) * _SUM, end))
+                with view[at : min(at + _SUM, end)] as part:
+                    crc = zlib.crc32(part, crc)
+                    self.watch(len(part))
+        return crc
+
+    def _ask_for(self, states: Iterable[Array], box: _Box) -> None:
+        """Let the system read the bytes that hold a block."""
+        for array in states:
+            for file, start, end, held in _stretches(array, box):
+                if end - start <= 2 * held:  # else columns of a wide or turned matrix, whose rows others ask for
+                    _ask_for(self.files.map(file), start, end)
 
 
-def _look(
-    content: Content, files: Files, turn: Turn, watch: Callable[[int], None]
-) -> tuple[dict[str, Seen], list[master.Wrong]]:
-    """Read some rows of all states of a tensor once: their values, and main weights against model weights."""
-    atom, pad, begin, end = turn
-    states = atom.pad if pad else atom.states
-    rows, columns = as_matrix(next(iter(states.values())).shape)
-    names = {s: f"{atom.name}{_PAD if pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
-    seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
-    wrong: list[master.Wrong] = []
-    compare = MAIN in states and MODEL in states and atom.name not in content.unrounded
-    for first, left, shape in rectangles(begin, end, columns, _BLOCK):
-        blocks = {}
-        for state, array in states.items():
-            blocks[state] = _block(files, array, first, left, shape)
-            seen[names[state]].add(blocks[state], first * columns + left)
-            watch(blocks[state].nbytes)
-        if compare:
-            at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
-            if len(at):
-                main = blocks[MAIN].reshape(shape)
-                wrong.append(master.wrong_at(atom.name, pad, at, main, (first, left), (rows, columns)))
-    return seen, master.together(wrong)
+def _ahead(turn: _Turn, after: _Turn | None) -> Iterator[tuple[Iterable[Array], _Box]]:
+    """Blocks in the order in which a thread comes to them."""
+    for box in turn.boxes():
+        yield turn.states.values(), box
+    if after is not None:
+        for box in itertools.islice(after.boxes(), _AHEAD):
+            yield after.states.values(), box
+
+
+def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
+    """(file, first byte, last byte, bytes of values) of the stretches of files in which a block lies."""
+    row, column, (rows, columns) = box
+    size = itemsize(array.dtype)
+    for p in crossing(array.places, row, row + rows):
+        top, bottom = max(p.row, row) - p.row, min(p.rows, row + rows - p.row)
+        left, right = max(p.column, column) - p.column, min(p.columns, column + columns - p.column)
+        if top >= bottom or left >= right:
+            continue
+        held = (bottom - top) * (right - left) * size
+        if p.transposed:
+            top, bottom, left, right = left, right, top, bottom
+        yield p.file, p.start + top * p.stride + left * size, p.start + (bottom - 1) * p.stride + right * size, held
+
+
+def _ask_for(data: mmap.mmap | bytes, start: int, end: int) -> None:
+    """Let the system read a part of a file ahead; where it can."""
+    if not isinstance(data, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    start -= start % mmap.PAGESIZE
+    for at in range(start, min(end, len(data)), _ASK):
+        data.madvise(mmap.MADV_WILLNEED, at, min(_ASK, len(data) - at))
 
 
 def _block(files: Files, array: Array, row: int, column: int, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
     """A rectangle of an array, flat; copied only where it does not lie in one piece."""
-    place = array.places[0] if len(array.places) == 1 else None
-    if place is not None and not place.transposed and (place.row, place.column) == (0, 0):
-        view = files.view(place, array.dtype)[row : row + shape[0], column : column + shape[1]]
-        if view.flags.c_contiguous:
-            return view.reshape(-1)
+    for place in crossing(array.places, row, row + 1):
+        top, left = row - place.row, column - place.column
+        is_inside = 0 <= top <= place.rows - shape[0] and 0 <= left <= place.columns - shape[1]
+        if is_inside and not place.transposed:
+            view = files.view(place, array.dtype)[top : top + shape[0], left : left + shape[1]]
+            if view.flags.c_contiguous:
+                return view.reshape(-1)
+            break
     block = np.empty(shape, CARRIERS[array.dtype])
     files.read(array, row, column, block, array.dtype)
     return block.reshape(-1)

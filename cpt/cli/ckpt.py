@@ -219,7 +219,7 @@ def _optimizer(optimizer: Optimizer | None) -> str:
 def _origin(folder: Path) -> dict[str, Any]:
     """What the folder says about the conversion that made it."""
     from cpt.base.files import read_json
-    from cpt.checkpoint.verify import LISTS
+    from cpt.checkpoint.sums import LISTS
 
     for name in LISTS:
         try:

@@ -14,7 +14,7 @@ from cpt.checkpoint.arrays import Files
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.job.planning import VERSION, Plan, Request, refuse_one_in_the_other, state_of_files
-from cpt.checkpoint.verify import open_checked
+from cpt.checkpoint.sums import open_checked
 from cpt.plan.types import to_json
 
 

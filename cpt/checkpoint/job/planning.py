@@ -17,7 +17,7 @@ from cpt.checkpoint import find, pipeline_layout
 from cpt.checkpoint.content import Content, Layout
 from cpt.checkpoint.find import Found
 from cpt.checkpoint.formats import Output, Reading, Writing
-from cpt.checkpoint.verify import open_checked
+from cpt.checkpoint.sums import open_checked
 from cpt.checkpoint.writing import BLOCK
 
 VERSION = 1  # of the bytes that equal options give; raised when a release writes other ones

@@ -15,6 +15,7 @@ from cpt.checkpoint.content import Layout
 from cpt.checkpoint.formats import Writing
 from cpt.checkpoint.job import averaging, planning
 from cpt.checkpoint.job.convert import convert
+from cpt.checkpoint.sums import file_sums
 from tests.made_checkpoints import content, write
 from tests.shared import shared_data
 
@@ -96,7 +97,7 @@ def test_a_conversion_lists_checksums_of_every_file(tmp_path: Path) -> None:
         out = tmp_path / f"out-{to}"
         request = planning.Request(source=source, out=out, to=to, writing=Writing(vocabulary_multiple=16))
         folder = convert(planning.plan(request)).folder
-        sums = verify.file_sums(folder)
+        sums = file_sums(folder)
         listed = {s.file.relative_to(folder).as_posix() for s in sums}
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert there - listed <= {"conversion.json", "manifest.json"} and len(listed) >= 2
@@ -174,7 +175,7 @@ def test_no_conversion_uses_a_small_file_that_was_changed(tmp_path: Path, name: 
     source = write(content(tmp_path / "made", optimizer=name != "hf"), "torch_dist", tmp_path / "td", writing)
     request = planning.Request(source=source, out=tmp_path / "out", to=name, writing=writing)
     folder = convert(planning.plan(request)).folder
-    listed = verify.file_sums(folder)
+    listed = file_sums(folder)
     small = [s.file for s in listed if s.file.suffix == ".json" or s.file.name in (".metadata", "common.pt")]
     assert len(small) >= {"hf": 1, "megatron": 0, "atom": 1, "torch_dist": 3}[name]
     for file in small:
