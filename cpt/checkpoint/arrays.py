@@ -213,7 +213,12 @@ class OutFile:
     @property
     def nbytes(self) -> int:
         """Size of the file [bytes]."""
-        return sum(p.nbytes if isinstance(p, Payload) else 4 if isinstance(p, Crc) else len(p) for p in self.parts)
+        return sum(map(part_bytes, self.parts))
+
+
+def part_bytes(part: bytes | Payload | Crc) -> int:
+    """Size of a part of an output file [bytes]."""
+    return part.nbytes if isinstance(part, Payload) else 4 if isinstance(part, Crc) else len(part)
 
 
 def whole(name: str, shape: Sequence[int]) -> Tensor:

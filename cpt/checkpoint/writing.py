@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint.arrays import CARRIERS, Array, Crc, Files, OutFile, Payload, itemsize
+from cpt.checkpoint.arrays import CARRIERS, Array, Crc, Files, OutFile, Payload, itemsize, part_bytes
 from cpt.checkpoint.content import MODEL, Content
 
 BLOCK = 64 << 20  # the most values in hand at a time [bytes]
@@ -41,7 +42,58 @@ class FileSums:
     sha256: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """How far a file is: its first bytes, and the CRC-32 of them [bytes]."""
+
+    size: int
+    crc32: int
+
+
+class Written:
+    """What a file holds so far, and the sums of it."""
+
+    def __init__(self, out: OutFile) -> None:
+        self.sha = hashlib.sha256() if out.sha256 else None
+        self.size = 0  # [bytes]
+        self.parts = 0  # that are whole
+        self.sums: list[int] = []  # CRC-32 of payloads that are whole
+        self.inside = 0  # of the payload after the whole parts [bytes]
+        self._total = self._crc = 0  # CRC-32 of the whole parts, and of the payload after them
+
+    @property
+    def mark(self) -> Mark:
+        """How far it is."""
+        return Mark(size=self.size, crc32=crc32_of_both(self._total, self._crc, self.inside))
+
+    def text(self, data: bytes) -> None:
+        """Count a part that is no payload."""
+        self._total = zlib.crc32(data, self._total)
+        self.parts += 1
+        self._count(memoryview(data))
+
+    def values(self, view: memoryview) -> None:
+        """Count bytes of a payload."""
+        self._crc = zlib.crc32(view, self._crc)
+        self.inside += len(view)
+        self._count(view)
+
+    def end(self) -> None:
+        """The payload is whole."""
+        self.sums.append(self._crc)
+        self._total = crc32_of_both(self._total, self._crc, self.inside)
+        self.parts += 1
+        self._crc = self.inside = 0
+
+    def _count(self, view: memoryview) -> None:
+        if self.sha is not None:
+            self.sha.update(view)
+        self.size += len(view)
+
+
+Begin = Callable[[Payload, int], None]
 Watch = Callable[[Payload, np.ndarray[Any, Any]], None]
+After = Callable[[Written, Payload | None], None]
 
 
 def write_file(
@@ -51,80 +103,114 @@ def write_file(
     files: Files,
     *,
     block: int = BLOCK,
-    begin: Callable[[Payload], None] | None = None,
+    begin: Begin | None = None,
     watch: Watch | None = None,
+    after: After | None = None,
+    there: Written | None = None,
 ) -> FileSums:
     """Write and sync one file.
 
     Args:
-        begin: called with each payload before its values are read; may raise to stop.
+        begin: called with each payload before its values are read, and how many of them are there; may raise to stop.
         watch: called with each block's values (a flat array of the dtype's carrier) and its payload, before it is
-            written: checks of values, progress; may raise to stop.
+            written: checks of values; may raise to stop.
+        after: called with what is written and the payload after each block, and with None before the file is synced:
+            progress; may raise to stop.
+        there: what an earlier run has written, as `read_again` gives it; the file goes on from there.
     """
     path = folder / out.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    sums: list[int] = []
     buffer = np.empty(min(block, _IN_CACHE), np.uint8)
-    with open(path, "wb", buffering=0) as file:
-        put = _Put(file, with_sha256=out.sha256)
-        for part in out.parts:
+    written = there or Written(out)
+    with open(path, "r+b" if there else "wb", buffering=0) as file:
+        file.truncate(written.size)
+        put = _Put(file, written)
+        for part in out.parts[written.parts :]:
             if isinstance(part, Crc):
-                put.text(sums[part.of].to_bytes(4, "little"))
+                put.text(written.sums[part.of].to_bytes(4, "little"))
             elif isinstance(part, Payload):
-                put.crc = 0
+                first = written.inside // itemsize(part.dtype)
                 if begin is not None:
-                    begin(part)
-                for values in blocks(part, content, files, buffer):
+                    begin(part, first)
+                for values in blocks(part, content, files, buffer, first):
                     if watch is not None:
                         watch(part, values)
                     put.values(values)
-                sums.append(put.crc)
-                put.total = crc32_of_both(put.total, put.crc, part.nbytes)
+                    if after is not None:
+                        after(written, part)
+                written.end()
             else:
                 put.text(part)
+        if after is not None:
+            after(written, None)
         os.fsync(file.fileno())
-    sha = None if put.sha is None else put.sha.hexdigest()
-    return FileSums(size=put.size, crc32=put.total, payloads=tuple(sums), sha256=sha)
+    sha = None if written.sha is None else written.sha.hexdigest()
+    return FileSums(size=written.size, crc32=written.mark.crc32, payloads=tuple(written.sums), sha256=sha)
+
+
+def read_again(out: OutFile, folder: Path, mark: Mark, turn: Callable[[], None] = lambda: None) -> Written | None:
+    """What a file holds up to a mark; None when it is not what was written, and after a power cut it need not be.
+
+    Args:
+        turn: called after every block; may raise to stop.
+    """
+    written = Written(out)
+    buffer = memoryview(bytearray(_IN_CACHE))
+    with contextlib.suppress(OSError), open(folder / out.name, "rb", buffering=0) as file:
+        for part in out.parts:
+            size = min(part_bytes(part), mark.size - written.size)
+            if isinstance(part, Payload):
+                while left := size - written.inside:
+                    if not (read := file.readinto(buffer[:left])):
+                        return None
+                    written.values(buffer[:read])
+                    turn()
+                if size == part.nbytes:
+                    written.end()
+                elif size % itemsize(part.dtype):
+                    return None
+            elif size == part_bytes(part):
+                written.text(file.read(size))
+            if written.size == mark.size or size < part_bytes(part):
+                break
+        return written if written.mark == mark else None
+    return None
 
 
 class _Put:
-    """Writes bytes and sums them up.
+    """Writes bytes and has them counted."""
 
-    Args:
-        with_sha256: whether `sha` is made.
-    """
-
-    def __init__(self, file: io.FileIO, *, with_sha256: bool) -> None:
-        self.file = file
-        self.sha = hashlib.sha256() if with_sha256 else None
-        self.size = self.begun = 0  # bytes written; and on their way to the disk
-        self.total = self.crc = 0  # of the file but its current payload; of that
+    def __init__(self, file: io.FileIO, written: Written) -> None:
+        self.file, self.written = file, written
+        self.begun = written.size  # bytes on their way to the disk
+        file.seek(written.size)
 
     def text(self, data: bytes) -> None:
-        self.total = zlib.crc32(data, self.total)
         self._write(memoryview(data))
+        self.written.text(data)
 
     def values(self, values: np.ndarray[Any, Any]) -> None:
         view = memoryview(values.view(np.uint8).data)
-        self.crc = zlib.crc32(view, self.crc)
         self._write(view)
+        self.written.values(view)
+        if self.written.size - self.begun >= _EARLY:
+            _start_writing(self.file.fileno(), self.begun, self.written.size - self.begun)
+            self.begun = self.written.size
 
     def _write(self, view: memoryview) -> None:
-        if self.sha is not None:
-            self.sha.update(view)
-        self.size += len(view)
         while len(view):
             view = view[self.file.write(view) :]
-        if self.size - self.begun >= _EARLY:
-            _start_writing(self.file.fileno(), self.begun, self.size - self.begun)
-            self.begun = self.size
 
 
 def blocks(
-    payload: Payload, content: Content, files: Files, buffer: np.ndarray[Any, Any]
+    payload: Payload, content: Content, files: Files, buffer: np.ndarray[Any, Any], start: int = 0
 ) -> Iterator[np.ndarray[Any, Any]]:
     """The values of a payload as flat arrays that fit into the buffer; each is valid until the next, and not to be
-    written to. They are whole rows of a segment, or parts of one row where it is longer than the buffer."""
+    written to. They are whole rows of a segment, or parts of one row where it is longer than the buffer.
+
+    Args:
+        start: values that are left out. After the end of a block the same blocks follow as without.
+    """
     array_of = partial(_array, content, payload.state)
     width = itemsize(payload.dtype)
     room = max(1, len(buffer) // width)
@@ -132,8 +218,17 @@ def blocks(
     place = buffer[: room * width].view(carrier) if len(buffer) >= width else np.empty(1, carrier)
     try:
         for segment in payload.segments:
+            if start and start >= segment.rows * segment.columns:
+                start -= segment.rows * segment.columns
+                continue
             step = room // max(1, segment.columns)
-            first = 0
+            first, begun = divmod(start, max(1, segment.columns))
+            start = 0
+            if begun and step:  # blocks were smaller than a row, and are larger now
+                rest = place[: segment.columns - begun]
+                files.fill(segment, first, first + 1, array_of, rest[None], payload.dtype, begun)
+                first += 1
+                yield rest
             while first < segment.rows and step:
                 last = min(first + step, segment.rows)
                 values = files.lying(segment, first, last, array_of, payload.dtype, room // 4)
@@ -142,10 +237,10 @@ def blocks(
                     files.fill(segment, first, last, array_of, values.reshape(last - first, -1), payload.dtype)
                 first += len(values) // segment.columns
                 yield values
-            for first in range(0, segment.rows if not step else 0):
-                for column in range(0, segment.columns, room):
+            for row in range(first, segment.rows if not step else 0):
+                for column in range(begun if row == first else 0, segment.columns, room):
                     values = place[: min(room, segment.columns - column)]
-                    files.fill(segment, first, first + 1, array_of, values[None], payload.dtype, column)
+                    files.fill(segment, row, row + 1, array_of, values[None], payload.dtype, column)
                     yield values
     except UsageError as error:
         raise UsageError(f"`{payload.name}`: {error.message}", *error.hints) from None

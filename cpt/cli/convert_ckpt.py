@@ -465,7 +465,8 @@ class _Progress:
         elif kind == "resumed":
             self.clear()
             size = show_bytes(facts["bytes"])
-            note(f"goes on: {facts['files']:,} of {facts['of']:,} files were finished before, {size}")
+            begun = f" and {facts['begun']:,} begun" if facts["begun"] else ""
+            note(f"goes on: {facts['files']:,} of {facts['of']:,} files were finished before{begun}, {size}")
         elif kind == "taken_over":
             self.clear()
             note(f"taken over from {facts['who']}, which has ended")

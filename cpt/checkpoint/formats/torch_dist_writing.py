@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -30,6 +31,7 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Crc, OutFile, Payload, Segment, as_matrix, crop, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, OPTIMIZER, Content
 from cpt.checkpoint.formats import Output, Writing
+from cpt.checkpoint.formats.atom import packed
 from cpt.checkpoint.formats.torch_dist_names import MANIFEST, RANDOM, RANK
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.checkpoint.mapping import Fused
@@ -41,7 +43,6 @@ from cpt.plan.types import ModelConfig, Parallel, to_json
 _Part = bytes | Payload | Crc
 _Parts = tuple[_Part, ...]
 CHUNK = 64 << 20  # at most, of a chunk's values [bytes]
-FEW, WORTH = 4, 64 << 20  # files that several workers can share, if they hold at least so much each [bytes]
 _ALIGN = 64  # records start at multiples of this [bytes]
 _PREFIX = {
     "fully_reshardable": {MAIN: "param", **{m: m for m in MOMENTS}},
@@ -288,12 +289,12 @@ def _packed(
 ) -> tuple[tuple[OutFile, ...], list[Record]]:
     """Files, and where everything lies in them."""
     archives: dict[tuple[tuple[int, ...], str], _Parts] = {}
-    total = sum(c.payload.nbytes for c in chunks)
-    limit = min(file_bytes, -(-total // FEW)) if total >= FEW * WORTH else file_bytes
     files: list[OutFile] = []
     records: list[Record] = []
     made: list[_Part] = []
     at = count = 0
+    each = [len(group) for group in packed([c.payload for c in chunks], file_bytes)]
+    begins = set(itertools.accumulate(each[:-1]))  # number of chunks at which another file begins
 
     def put(key: str, parts: Iterable[_Part], chunk: _Chunk | Record) -> None:
         nonlocal at
@@ -313,8 +314,8 @@ def _packed(
         files.append(OutFile(f"__{len(files)}_0.distcp", tuple(p for p in made if p != b"")))
         made, at, count = [], 0, 0
 
-    for chunk in chunks:
-        if at >= limit:
+    for number, chunk in enumerate(chunks):
+        if number in begins:
             close()
         put(chunk.key, _archive(chunk, count, archives), chunk)
         count += 1

@@ -20,6 +20,7 @@ from cpt.checkpoint.job.crew import Stop, Stopped, Told
 from cpt.checkpoint.job.journal import NAME as JOURNAL
 from cpt.checkpoint.job.journal import Entry, Journal, open_journal
 from cpt.checkpoint.job.look import Facts, findings
+from cpt.checkpoint.job.marks import Marks
 from cpt.checkpoint.job.planning import Plan, Running, state_of_files
 from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, state_id, weights_from, with_record
 from cpt.checkpoint.job.work import CHECK, REREAD, WRITE, Task, Worker, crc32_from_disk, not_as_written
@@ -44,7 +45,7 @@ def convert(
 
     Args:
         event: called with `progress` (phase, done, total [bytes], tensor), `file` (name, size, files done and in all),
-            `resumed` (files, of, bytes), `taken_over` (who).
+            `resumed` (files finished and begun, of, bytes), `taken_over` (who).
         command: for people who find the lock.
 
     Raises:
@@ -98,7 +99,8 @@ class _Job:
         self.out, self.partial = plan.request.out, place.partial(plan.request.out)
         self.folder = self.partial / plan.output.step_folder
         self.stop = Stop()
-        self.worker = Worker(plan, running, self.folder)
+        self.marks = Marks(self.partial, plan.id)
+        self.worker = Worker(plan, running, self.folder, self.marks)
         self.facts = Facts()
         self.done = self.total = self.written = 0
         self.phase, self.last_beat = "", time.monotonic()
@@ -106,6 +108,7 @@ class _Job:
         self.wrong: list[master.Wrong] = []
         self.told = Told(self._progress, self._result, self._tick)
         self.journal: Journal
+        self.kept: dict[int, int] = {}  # of files that an earlier run began, by number [bytes]
 
     def work(self) -> Report:
         self.journal = open_journal(self.partial, self.plan)
@@ -137,20 +140,21 @@ class _Job:
         return self._report(sums)
 
     def _resume(self) -> None:
-        """What an earlier run finished is kept; what it left half-written is removed."""
-        wanted = {f.name for f in self.plan.output.files}
-        for name in wanted - set(self.journal.files):
-            (self.folder / name).unlink(missing_ok=True)
+        """What an earlier run finished is kept, and of what it left half-written all that a mark vouches for."""
+        files = self.plan.output.files
+        for number, file in enumerate(files):
+            if file.name not in self.journal.files:
+                self.kept[number] = self.marks.keep(number, self.folder / file.name)
         if self.running.recheck and self.journal.files:
             self._crc_tasks("checking again", self._recheck)
-        finished = self.journal.files
-        if finished:
-            size = sum(e.sums.size for e in finished.values())
-            self.event("resumed", {"files": len(finished), "of": len(wanted), "bytes": size})
+        finished, begun = self.journal.files, sum(size > 0 for size in self.kept.values())
+        size = sum(e.sums.size for e in finished.values()) + sum(self.kept.values())
+        if finished or begun:
+            self.event("resumed", {"files": len(finished), "begun": begun, "of": len(files), "bytes": size})
         for entry in finished.values():
             self.facts.add(Facts.from_json(entry.facts))
         self._refuse_nonfinite()
-        place.check_space(self.plan, sum(e.sums.size for e in finished.values()))
+        place.check_space(self.plan, size)
 
     def _crc_tasks(self, phase: str, compare: Callable[[str, int], None]) -> None:
         """Read finished files again."""
@@ -184,7 +188,11 @@ class _Job:
 
     def _write(self) -> None:
         files = self.plan.output.files
-        tasks = [Task(WRITE, i, f.nbytes) for i, f in enumerate(files) if f.name not in self.journal.files]
+        tasks = [
+            Task(WRITE, i, f.nbytes - self.kept.get(i, 0))
+            for i, f in enumerate(files)
+            if f.name not in self.journal.files
+        ]
         self._run("writing", tasks)
 
     def _run(self, phase: str, tasks: list[Task]) -> None:
@@ -210,7 +218,8 @@ class _Job:
             given = result["sums"]
             entry = Entry(FileSums(**{**given, "payloads": tuple(given["payloads"])}), result["facts"])
             self.journal.file(result["file"], entry)
-            self.written += entry.sums.size
+            self.marks.remove(task.number)
+            self.written += entry.sums.size - result["kept"]
             self.facts.add(Facts.from_json(entry.facts))
             finished = {"name": result["file"], "size": entry.sums.size, "crc32": f"{entry.sums.crc32:08x}"}
             self.event("file", {**finished, "done": len(self.journal.files), "of": len(self.plan.output.files)})
@@ -286,6 +295,8 @@ class _Job:
             _write_synced(self.partial / store.TRACKER, word.encode())
         for temporary in (*self.partial.glob(".lock.json.*"), *self.partial.glob(f".{JOURNAL}.*")):
             temporary.unlink(missing_ok=True)
+        if self.marks.folder.is_dir():
+            shutil.rmtree(self.marks.folder)
         for root, _, _ in os.walk(self.partial):
             fsync_folder(root)
         os.rename(self.partial, self.out)
@@ -295,6 +306,8 @@ class _Job:
 
     def _full(self) -> CptError:
         finished = sum(e.sums.size for e in self.journal.files.values())
+        left = [self.marks.read(i) for i, f in enumerate(self.plan.output.files) if f.name not in self.journal.files]
+        finished += sum(one.mark.size for one in left if one)
         needed = self.plan.nbytes + self.plan.nbytes // 100 - finished
         return place.no_space(
             self.out,

@@ -10,7 +10,7 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, read_lines, write_atomic
-from cpt.checkpoint.job.place import JOURNAL, differences
+from cpt.checkpoint.job.place import JOURNAL, MARKS, differences
 from cpt.checkpoint.job.planning import Plan
 from cpt.checkpoint.writing import FileSums
 
@@ -74,7 +74,7 @@ def open_journal(folder: Path, plan: Plan) -> Journal:
     }
     if not path.exists():
         strange = sorted(
-            p.name for p in folder.iterdir() if not p.name.startswith((".lock.json", "lock.json", ".journal"))
+            p.name for p in folder.iterdir() if not p.name.startswith((".lock.json", "lock.json", ".journal", MARKS))
         )
         if strange:
             raise UsageError(
@@ -94,14 +94,14 @@ def open_journal(folder: Path, plan: Plan) -> Journal:
             f"remove `{folder}` to begin anew, or go on with the command that began it",
         )
     journal = Journal(path)
-    wanted = {f.name for f in plan.output.files}
+    wanted = {f.name: f.nbytes for f in plan.output.files}
     for line in lines[1:]:
         if "checked" in line:
             journal.checked.add(int(line["checked"]))
         elif line.get("file") in wanted:
             entry = Entry(_sums(line), line["facts"])
             file = folder / plan.output.step_folder / line["file"]
-            if file.is_file() and file.stat().st_size == entry.sums.size:
+            if file.is_file() and file.stat().st_size == entry.sums.size == wanted[line["file"]]:
                 journal.files[line["file"]] = entry
             else:
                 journal.files.pop(line["file"], None)

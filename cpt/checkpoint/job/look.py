@@ -167,6 +167,24 @@ class Look:
         self._at = 0  # values of the payload that have passed
         self._settled = False  # all of the payload's tensors are known to vary
 
+    def to_json(self) -> dict[str, Any]:
+        """What was seen, and what is needed to go on looking."""
+        return {**self.facts.to_json(), "varied": sorted(self._varied)}
+
+    @classmethod
+    def from_json(cls, content: Content, value: Mapping[str, Any]) -> Look:
+        """Goes on where `to_json` was taken; `skip` says where in a payload that was."""
+        look = cls(content)
+        look.facts = Facts.from_json(value)
+        look._varied = {(atom, state, pad) for atom, state, pad in value["varied"]}
+        for key, box in look.facts.single:
+            look._boxes.setdefault(key, []).append(box)
+        return look
+
+    def skip(self, payload: Payload, count: int) -> None:
+        """The payload's first values have passed before."""
+        self._payload, self._at, self._settled = payload, count, False
+
     def __call__(self, payload: Payload, values: Values) -> None:
         """Look at a block.
 
@@ -174,8 +192,7 @@ class Look:
             values: flat, the payload's next ones.
         """
         if payload is not self._payload:
-            self._payload, self._at = payload, 0
-            self._settled = False
+            self.skip(payload, 0)
         first, self._at = self._at, self._at + len(values)
         kind = FLOATS.get(payload.dtype)
         if kind is not None:

@@ -15,6 +15,7 @@ from cpt.checkpoint.find import PARTIAL
 from cpt.checkpoint.job.planning import Plan
 
 JOURNAL = "journal.jsonl"  # of `OUT.partial`
+MARKS = ".marks"  # of `OUT.partial`
 KEY = "conversion"  # of the manifest
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}

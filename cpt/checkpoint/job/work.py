@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cpt.base.errors import StageFailed, UsageError
 from cpt.checkpoint import master
 from cpt.checkpoint.arrays import Files, Payload, Place, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, Content
 from cpt.checkpoint.job.look import Look, is_rounded
+from cpt.checkpoint.job.marks import EVERY, Marks
 from cpt.checkpoint.job.planning import Plan, Running
-from cpt.checkpoint.writing import write_file
+from cpt.checkpoint.writing import Written, read_again, write_file
 
 _PART = 256 << 20  # of the source, read in one part of the master test [bytes]
 _READ = 8 << 20
@@ -58,11 +57,11 @@ class Worker:
 
     Args:
         folder: that the plan's files are relative to.
-        tell: called after every block.
+        marks: how far unfinished files are.
     """
 
-    def __init__(self, plan: Plan, running: Running, folder: Path) -> None:
-        self.plan, self.running, self.folder = plan, running, folder
+    def __init__(self, plan: Plan, running: Running, folder: Path, marks: Marks) -> None:
+        self.plan, self.running, self.folder, self.marks = plan, running, folder, marks
         self.parts = check_parts(plan.content)
         self.sums = SourceSums(plan)
         self.files = Files()
@@ -89,28 +88,66 @@ class Worker:
 
     def _write(self, task: Task, tell: Tell) -> dict[str, Any]:
         out = self.plan.output.files[task.number]
-        look = Look(self.plan.content)
-        before = self.files.rounded
+        look, there = self._begun(task.number, lambda: tell(0, out.name))
+        kept = told = marked = there.size if there else 0
+        before = self.files.rounded - look.facts.rounded
 
-        def begin(payload: Payload) -> None:
+        def begin(payload: Payload, first: int) -> None:
             self.files.count_rounded = is_rounded(payload, self.plan.content)
-            self.sums.verify_payload(payload, task.number, self.files)
+            if first:  # what it reads was verified by the run that began it
+                look.skip(payload, first)
+            else:
+                self.sums.verify_payload(payload, task.number, self.files)
 
-        def watch(payload: Payload, values: np.ndarray[Any, Any]) -> None:
-            look(payload, values)
-            tell(values.nbytes, payload.name)
+        def leave(written: Written) -> None:
+            nonlocal marked
+            if out.nbytes >= EVERY and written.size > marked:
+                marked = written.size
+                look.facts.rounded = self.files.rounded - before
+                self.marks.leave(task.number, written.mark, look)
+
+        def after(written: Written, payload: Payload | None) -> None:
+            nonlocal told
+            size, told = written.size - told, written.size
+            try:
+                tell(size, payload.name if payload else "")
+            except BaseException:
+                leave(written)
+                raise
+            if payload is None or written.size - marked >= EVERY:
+                leave(written)
 
         try:
             sums = write_file(
-                out, self.plan.content, self.folder, self.files, block=self.running.block, begin=begin, watch=watch
+                out,
+                self.plan.content,
+                self.folder,
+                self.files,
+                block=self.running.block,
+                begin=begin,
+                watch=look,
+                after=after,
+                there=there,
             )
+        except BrokenPipeError:
+            raise  # the parent is dead, and nothing wrong with the file
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(self.folder / out.name)  # its room may be what the next run needs
+                self.marks.remove(task.number)
             error.filename = error.filename or str(self.folder / out.name)
             raise
         look.facts.rounded = self.files.rounded - before
-        return {"file": out.name, "sums": asdict(sums), "facts": look.facts.to_json()}
+        return {"file": out.name, "sums": asdict(sums), "facts": look.facts.to_json(), "kept": kept}
+
+    def _begun(self, number: int, turn: Callable[[], None]) -> tuple[Look, Written | None]:
+        """What an earlier run has seen and written of a file, if that can be gone on with."""
+        left = self.marks.read(number)
+        if left is not None:
+            there = read_again(self.plan.output.files[number], self.folder, left.mark, turn)
+            if there is not None:
+                return Look.from_json(self.plan.content, left.seen), there
+        return Look(self.plan.content), None
 
     def _reread(self, task: Task, tell: Tell) -> dict[str, Any]:
         name = self.plan.output.files[task.number].name

@@ -1,0 +1,88 @@
+"""How far unfinished files are: `.marks/<number of the file>.json`, so that a killed run loses seconds and not a file.
+
+A mark says how many bytes are written, their CRC-32, and what was seen of their values. Nothing is synced for it: who
+goes on from one reads those bytes again, and a file or a mark that a power cut has spoiled is begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt.base.files import canonical_json
+from cpt.checkpoint.job.look import Look
+from cpt.checkpoint.job.place import MARKS
+from cpt.checkpoint.writing import Mark
+
+EVERY = 32 << 20  # written bytes from one mark of a file to the next; smaller files get none [bytes]
+
+
+@dataclass(frozen=True)
+class Left:
+    """A mark as it was left.
+
+    Args:
+        seen: of the values so far, see `Look.to_json`.
+    """
+
+    mark: Mark
+    seen: Any
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The marks of one plan.
+
+    Args:
+        partial: `OUT.partial`.
+        id: of the plan.
+    """
+
+    partial: Path
+    id: str
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self.partial / MARKS
+
+    def path(self, number: int) -> Path:
+        """Where the mark of a file of the plan lies."""
+        return self.folder / f"{number}.json"
+
+    def leave(self, number: int, mark: Mark, look: Look) -> None:
+        """Note how far a file is. Where that fails the file has its older mark, or none."""
+        text = canonical_json({"id": self.id, **asdict(mark), "seen": look.to_json()})
+        path = self.path(number)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            new = path.with_suffix(".new")
+            new.write_text(f"{zlib.crc32(text.encode()):08x} {text}", encoding="utf-8")
+            os.replace(new, path)
+
+    def read(self, number: int) -> Left | None:
+        """The mark of a file; None if there is none, or a damaged one, or that of another plan."""
+        with contextlib.suppress(OSError, ValueError):
+            given, text = self.path(number).read_text(encoding="utf-8").split(" ", 1)
+            if int(given, 16) == zlib.crc32(text.encode()) and (value := json.loads(text))["id"] == self.id:
+                return Left(Mark(size=value["size"], crc32=value["crc32"]), value["seen"])
+        return None
+
+    def keep(self, number: int, file: Path) -> int:
+        """Cut a file down to its mark, or remove both where there is no such mark; what is left of it [bytes]."""
+        left = self.read(number)
+        if left is not None and file.is_file() and file.stat().st_size >= left.mark.size:
+            os.truncate(file, left.mark.size)
+            return left.mark.size
+        file.unlink(missing_ok=True)
+        self.remove(number)
+        return 0
+
+    def remove(self, number: int) -> None:
+        """Forget how far a file is."""
+        self.path(number).unlink(missing_ok=True)
