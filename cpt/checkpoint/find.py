@@ -26,7 +26,6 @@ from cpt.checkpoint.formats import FORMATS, Format, WritableFormat
 PARTIAL = ".partial"  # of an unfinished conversion
 UNIVERSAL = "latest_universal"
 _UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
-_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,}){0,2}")
 RESULTS = ("hf", "megatron", "atom")  # folders that stages of kind `convert` leave
 # A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
 _ORDER = ("atom", "torch_dist", "megatron", "ds-universal", "hf")
@@ -133,18 +132,16 @@ def _results(path: Path) -> Iterator[Path]:
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """What shows that a checkpoint was never finished, in one phrase; None when nothing does."""
+    """What shows that a checkpoint was never finished, or is not all there any more, in one phrase; None when nothing
+    does. Looks at names, sizes and indices, never at values."""
     if (folder / manifest.NAME).is_file():
         return manifest.why_not_whole(folder)
-    ranks = [p for p in folder.iterdir() if _RANK.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
-    if ranks:
-        empty = sorted(p.name for p in ranks if not (p / "model_optim_rng.pt").is_file())
-        return f"`{empty[0]}` holds no `model_optim_rng.pt`" if empty else None
     if (folder / ".metadata").is_file() and not (folder / "metadata.json").is_file():
         return "`.metadata` is there and `metadata.json` is not: its save never finished, or it is torch's own format"
-    if recognise(folder) is None:
+    name = recognise(folder)
+    if name is None:
         return "it holds nothing that is known" if any(folder.iterdir()) else "it is empty"
-    return None
+    return known()[name].why_not_whole(folder)
 
 
 def _itself(path: Path, name: str, step: int | None) -> Found:
@@ -219,7 +216,7 @@ def _tracked(path: Path, candidates: list[Candidate], notes: list[str]) -> Candi
         elif one is None:
             notes.append(f"`{path / name}` names `{word}`, which is not there")
         elif one.why_not is not None:
-            notes.append(f"`{path / name}` names `{word}`, which is not whole: {one.why_not}")
+            notes.append(f"`{path / name}` names `{word}`, which is not whole")
         else:
             return one
     return None

@@ -21,6 +21,10 @@ _TURN = 1 << 24  # values after which the next of several parts takes over
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
+class NotItsWeights(UsageError):
+    """An optimizer's main weights are not the model's weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wrong:
     """A tensor whose main weight is not its model weight.
@@ -80,7 +84,7 @@ def together(found: Iterable[Wrong]) -> list[Wrong]:
     return list(joined.values())
 
 
-def refuse(content: Content, wrong: Sequence[Wrong]) -> UsageError:
+def refuse(content: Content, wrong: Sequence[Wrong]) -> NotItsWeights:
     """The error for a checkpoint that failed the test; names the known fault of megatron-core when it fits."""
     wrong = together(wrong)
     form = content.optimizer.form if content.optimizer else None
@@ -88,7 +92,7 @@ def refuse(content: Content, wrong: Sequence[Wrong]) -> UsageError:
     return refusal(str(content.path), [str(w) for w in wrong], compared(content), known=known)
 
 
-def refusal(path: str, wrong: Sequence[str], tensors: int, *, known: bool) -> UsageError:
+def refusal(path: str, wrong: Sequence[str], tensors: int, *, known: bool) -> NotItsWeights:
     """The error for main weights that are not the model's weights.
 
     Args:
@@ -104,7 +108,7 @@ def refusal(path: str, wrong: Sequence[str], tensors: int, *, known: bool) -> Us
         if known
         else "the optimizer's state is damaged, or of another moment than the weights"
     )
-    return UsageError(
+    return NotItsWeights(
         f"`{path}`: the optimizer's main weights are not the model's weights in {len(wrong)} of {tensors} tensors "
         f"({names})",
         why,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt.base.errors import PlanError
+from cpt.base.errors import PlanError, UsageError
 from cpt.base.processes import num_cores
 from cpt.base.units import show_bytes, show_duration
 from cpt.plan.check import few, nothing_held_out
@@ -42,7 +42,7 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
 
     workers = workers or num_cores()
     for folder, conversion in plan.conversions.items():
-        make_native(conversion, Path(folder), workers, report)
+        make_native(conversion, Path(folder), workers, report, keepers=_keepers(plan, folder))
     names = used_sources(plan)
     if not names:
         return Prepared({}, plan.tokenizer.path)
@@ -58,14 +58,53 @@ def prepare(plan: RunPlan, report: Callable[..., None], workers: int | None = No
     return Prepared(folders, str(tokenizer))
 
 
-def make_native(conversion: Conversion, folder: Path, workers: int, report: Callable[..., None]) -> None:
-    """Convert a checkpoint of another format into a folder of steps of ours; nothing to do where that is there."""
+def _keepers(plan: RunPlan, folder: str) -> list[str]:
+    """What to set in the recipe so that no stage wants the optimizer's state of a checkpoint that is converted first:
+    one line for each stage that wants it."""
+    found = []
+    for stage in plan.stages.values():
+        parent = stage.parent or ""
+        while parent in plan.stages and plan.stages[parent].kind == "evaluate":  # gives on what it was given
+            parent = plan.stages[parent].parent or ""
+        if (plan.base.path if parent == "base" else parent) != folder:
+            continue
+        other = stage.kind == "convert" and stage.options.get("to") in ("megatron", "atom")
+        if "optimizer" in stage.keep:
+            found.append(f"take `optimizer` out of `stages.{stage.name}.keep`: its weights alone can be used")
+        elif other and not stage.options.get("weights_only"):
+            found.append(f"`stages.{stage.name}.weights_only=true`: its weights alone can be used")
+    return found
+
+
+def make_native(
+    conversion: Conversion,
+    folder: Path,
+    workers: int,
+    report: Callable[..., None],
+    keepers: Sequence[str] = (),
+) -> None:
+    """Convert a checkpoint of another format into a folder of steps of ours; nothing to do where that is there.
+
+    An optimizer's state that is not its model's is left out, so what is made depends on the source only.
+
+    Args:
+        keepers: what to do instead, if it is left out but wanted; empty = no stage wants it.
+
+    Raises:
+        UsageError: as `convert`; or the optimizer's state is wanted, and it is not its model's.
+    """
+    from cpt.checkpoint import manifest, master, store
     from cpt.checkpoint.formats import Reading, Writing
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Request, Running
     from cpt.checkpoint.job.planning import plan as plan_conversion
 
     if folder.is_dir():
+        made = manifest.read(store.resolve(folder)).conversion or {}
+        if keepers and made.get("options", {}).get("optimizer") == "none":
+            raise UsageError(
+                f"`{conversion.source}`: the optimizer's main weights are not the model's weights", *keepers
+            )
         return
     start = time.monotonic()
     report("note", text=f"converting `{conversion.source}` ({conversion.shown}) to a native checkpoint")
@@ -77,7 +116,17 @@ def make_native(conversion: Conversion, folder: Path, workers: int, report: Call
         reading=Reading(config=config),
         writing=Writing(spec="cpt"),  # our own layers are to load it
     )
-    done = convert(plan_conversion(request), Running(workers=workers), command="cpt run")
+    running = Running(workers=workers)
+    try:
+        done = convert(plan_conversion(request), running, command="cpt run")
+    except master.NotItsWeights as error:
+        if keepers:
+            raise UsageError(error.message, error.hints[0], *keepers) from None
+        report(
+            "note", text=f"{error.message}; no stage keeps its optimizer's state, so the weights alone are converted"
+        )
+        request = dataclasses.replace(request, writing=dataclasses.replace(request.writing, optimizer="none"))
+        done = convert(plan_conversion(request), running, command="cpt run")
     seconds = show_duration(time.monotonic() - start)
     report("note", text=f"converted `{conversion.source}`: {show_bytes(done.bytes)} in {seconds}")
 

@@ -142,6 +142,12 @@ class Format(ABC):
         """
 
     @classmethod
+    def why_not_whole(cls, folder: Path) -> str | None:
+        """What shows that a recognised folder was never finished, or is not all there any more, in one phrase; None
+        when nothing does. Looks at names, sizes and indices, never at values."""
+        return None
+
+    @classmethod
     def facts(cls, folder: Path) -> Mapping[str, Any]:
         """Plain facts about a folder for `cpt ckpt show`, beyond what `Content` says."""
         return {}

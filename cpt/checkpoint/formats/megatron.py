@@ -22,22 +22,27 @@ from cpt.checkpoint.arrays import Array, Files
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
 from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
-from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, FILE, Folder, Param, Rank, rank_folder
+from cpt.checkpoint.formats.megatron_files import (
+    AXES,
+    DISTRIBUTED,
+    FILE,
+    RANK,
+    Folder,
+    Param,
+    Rank,
+    arguments,
+    rank_folder,
+    why_not_whole,
+)
 from cpt.checkpoint.formats.megatron_optimizer import OptimizerReader
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT
 from cpt.checkpoint.unpickle import TensorRecord
 from cpt.plan.types import ModelConfig
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _CHUNK = re.compile(r"model\d*")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _RANDOM = ("rng_state", "rerun_state_machine", "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state")
-_AXES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-}
 
 
 @FORMATS.add("megatron")
@@ -47,7 +52,7 @@ class Megatron(WritableFormat):
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:
-        return folder.is_dir() and any(_RANK.fullmatch(p.name) for p in folder.glob("mp_rank_*"))
+        return folder.is_dir() and any(RANK.fullmatch(p.name) for p in folder.glob("mp_rank_*"))
 
     @classmethod
     def open(cls, folder: Path, reading: Reading) -> Content:
@@ -63,6 +68,10 @@ class Megatron(WritableFormat):
             reader.files.close()
 
     @classmethod
+    def why_not_whole(cls, folder: Path) -> str | None:
+        return why_not_whole(folder)
+
+    @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
         from cpt.checkpoint.formats.megatron_writing import plan
 
@@ -70,7 +79,7 @@ class Megatron(WritableFormat):
 
     @classmethod
     def facts(cls, folder: Path) -> Mapping[str, Any]:
-        folders = sorted(p for p in folder.glob("mp_rank_*") if _RANK.fullmatch(p.name))
+        folders = sorted(p for p in folder.glob("mp_rank_*") if RANK.fullmatch(p.name))
         return {
             "rank folders": len(folders),
             "distributed optimizer": any((p / DISTRIBUTED).is_file() for p in folders),
@@ -90,7 +99,7 @@ class _Reader:
     def content(self) -> Content:
         folders = self._folders()
         first = self._load(folders[min(folders)])
-        self.args = _arguments(first.opened.archive.value)
+        self.args = arguments(first.opened.archive.value)
         self._check_version(first)
         layout = self._layout(folders, first)
         ranks = [
@@ -108,7 +117,11 @@ class _Reader:
             for param in of_rank:
                 what = f"`{param.held.name}`"
                 placed = rank.opened.places(param.record, param.held, what)
-                self.parts.add(str(rank), param.held, rank.tp, MODEL, param.dtype, placed)
+                try:
+                    self.parts.add(str(rank), param.held, rank.tp, MODEL, param.dtype, placed)
+                except UsageError:
+                    self.opener.refuse_damaged(*(r.file for r in ranks))
+                    raise
         optimizer = self._optimizer(ranks, params, model, layout, padded)
         self.left_out += self.parts.overridden
         atoms = self._atoms(model, padded, optimizer is not None)
@@ -138,7 +151,7 @@ class _Reader:
         """Rank folders by their numbers."""
         found = {}
         for path in sorted(self.folder.glob("mp_rank_*")):
-            match = _RANK.fullmatch(path.name)
+            match = RANK.fullmatch(path.name)
             if match is None or not path.is_dir():
                 continue
             found[tuple(int(n) for n in match.groups() if n is not None)] = path
@@ -202,8 +215,8 @@ class _Reader:
         Raises:
             UsageError: they disagree, or ranks are missing.
         """
-        sizes = {axis: self._size(name) for axis, name in _AXES.items()}
-        if self.args.get(_AXES["tp"]) is None and len(min(folders)) == 1:
+        sizes = {axis: self._size(name) for axis, name in AXES.items()}
+        if self.args.get(AXES["tp"]) is None and len(min(folders)) == 1:
             sizes["tp"] = 1 + max(n[0] for n in folders)
         etp = self.args.get("expert_tensor_parallel_size")
         if self.args.get("num_experts") and isinstance(etp, int) and etp != sizes["tp"]:
@@ -252,8 +265,8 @@ class _Reader:
                         f"`{self.folder}` is made of several saves: `{key}` is {mine.get(key)} in `{first}`, "
                         f"{theirs.get(key)} in `{rank}`"
                     )
-            args = _arguments(theirs)
-            for axis, name in _AXES.items():
+            args = arguments(theirs)
+            for axis, name in AXES.items():
                 if args.get(name) != self.args.get(name):
                     raise UsageError(
                         f"`{self.folder}` is made of several saves: {axis} (`{name}`) is {self.args.get(name)} in "
@@ -421,13 +434,6 @@ class _Reader:
         random = sum(any(rank.opened.archive.value.get(k) is not None for k in _RANDOM) for rank in ranks)
         if random:
             self.left_out.append(f"random states of {random} ranks: they belong to the layout that saved them")
-
-
-def _arguments(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments, plain ones only."""
-    stated = value.get("args")
-    given = stated if isinstance(stated, dict) else unpickle.fields(stated)
-    return dict(unpickle.plain(given))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -65,6 +65,26 @@ class TorchDist(WritableFormat):
         return _Reader(folder, reading).content()
 
     @classmethod
+    def why_not_whole(cls, folder: Path) -> str | None:
+        if not (folder / METADATA).is_file():
+            return f"`{METADATA}` is missing"
+        try:
+            source = Folder(folder)
+            source.common()
+            source.close()
+        except UsageError as error:
+            return error.message.replace(f"`{folder}/", "`")
+        needed: dict[str, int] = {}
+        for record in (*(r for t in source.tensors.values() for r in t.chunks), *source.objects.values()):
+            needed[record.file] = max(needed.get(record.file, 0), record.start + record.length)
+        for name, least in sorted(needed.items()):
+            if not (folder / name).is_file():
+                return f"`{name}` is missing"
+            if (size := (folder / name).stat().st_size) < least:
+                return f"`{name}` has {size:,} bytes, `{METADATA}` says {least:,}" if size else f"`{name}` is empty"
+        return None
+
+    @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
         from cpt.checkpoint.formats.torch_dist_writing import plan
 

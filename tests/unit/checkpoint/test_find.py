@@ -11,6 +11,8 @@ import pytest
 from cpt.base.errors import UsageError
 from cpt.base.files import write_json
 from cpt.checkpoint import find
+from cpt.checkpoint.content import Layout
+from cpt.checkpoint.formats import Writing
 from tests import made_checkpoints
 from tests.shared import shared_data
 
@@ -62,6 +64,46 @@ def test_the_newest_whole_step_is_taken_and_what_is_passed_over_is_named(
         assert "is not whole" in said(tmp_path, 20)
         assert "the newest whole step beside it is `iter_0000010`" in said(torn)
     assert "is step 10" in said(tmp_path / "iter_0000010", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "size", "why"),
+    [
+        ("torch_dist", "common.pt", None, "`common.pt` is missing"),
+        ("torch_dist", "common.pt", 100, "`common.pt` is damaged or was cut off"),
+        ("torch_dist", "__0_0.distcp", None, "`__0_0.distcp` is missing"),
+        ("torch_dist", "__0_0.distcp", 100, "`__0_0.distcp` has 100 bytes, `.metadata` says 1"),
+        ("torch_dist", "__0_0.distcp", 0, "`__0_0.distcp` is empty"),
+        ("torch_dist", ".metadata", None, "`.metadata` is missing"),
+        ("torch_dist", ".metadata", 10, "`.metadata` is"),
+        ("megatron", "mp_rank_01/model_optim_rng.pt", None, "`mp_rank_01` holds no `model_optim_rng.pt`"),
+        ("megatron", "mp_rank_01/model_optim_rng.pt", 3000, "`mp_rank_01/model_optim_rng.pt` is damaged or was cut"),
+        ("megatron", "mp_rank_01", None, "`mp_rank_01` is missing: `mp_rank_00/model_optim_rng.pt` says tp 2 × pp 1"),
+        ("megatron", "mp_rank_01/distrib_optim.pt", None, "`mp_rank_01` holds no `distrib_optim.pt`"),
+        ("megatron", "mp_rank_00/distrib_optim.pt", 0, "`mp_rank_00/distrib_optim.pt` is empty"),
+    ],
+)
+def test_a_step_that_lacks_something_is_not_whole_and_the_one_before_is_taken(
+    tmp_path: Path, name: str, file: str, size: int | None, why: str
+) -> None:
+    layout, form = (Layout(tp=2), "dp_reshardable") if name == "megatron" else (Layout(), None)
+    writing = Writing(layout=layout, optimizer=form)
+    made = made_checkpoints.write(made_checkpoints.content(tmp_path / "values"), name, tmp_path / "made", writing)
+    (made / "manifest.json").unlink(missing_ok=True)  # as Megatron leaves it
+    one, torn = copy(made, tmp_path / "steps" / "iter_0000006"), copy(made, tmp_path / "steps" / "iter_0000007")
+    (torn.parent / "latest_checkpointed_iteration.txt").write_text("7")
+    assert find.find(torn.parent).folder == torn
+    if size is not None:
+        (torn / file).write_bytes((torn / file).read_bytes()[:size])
+    elif (torn / file).is_dir():
+        shutil.rmtree(torn / file)
+    else:
+        (torn / file).unlink()
+    listed = find.listed(torn.parent)
+    assert [(c.folder, c.why_not is None) for c in listed] == [(one, True), (torn, False)]
+    assert str(listed[1].why_not).startswith(why)
+    found = find.find(torn.parent)
+    assert found.folder == one and sum(why in note for note in found.notes) == 1
 
 
 def test_the_tracker_file_says_which_step_is_meant(made: dict[str, Path], tmp_path: Path) -> None:
