@@ -44,9 +44,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What an error of `read_json`, or of opening a file, says to a person: goes after the file's name."""
+    """What an error of `read_json`, or of opening a file, says to a person: goes after the file's name.
+
+    Raises:
+        PermissionError: it is one: the machine's fault and not the file's, which is told in one place.
+    """
+    if isinstance(error, PermissionError):
+        raise error
     if isinstance(error, FileNotFoundError):
         return "is missing"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, wanted is a file"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
     if isinstance(error, json.JSONDecodeError):
@@ -57,6 +65,12 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"is damaged: it lacks `{error.args[0] if error.args else ''}`"
     return "is damaged: what it says does not fit together"
+
+
+def closed_at(path: str | os.PathLike[str]) -> Path:
+    """What is really closed where a path cannot be read: the first folder above it that is, or it itself."""
+    path = Path(path)
+    return next((folder for folder in reversed(path.parents) if not os.access(folder, os.X_OK)), path)
 
 
 def without_nan(value: Any) -> Any:

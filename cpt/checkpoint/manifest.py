@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable, write_json
+from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable, without_nan, write_json
 from cpt.plan.types import ModelConfig, Parallel, from_json, to_json
 
 NAME = "manifest.json"
 FORMAT = "cpt-native"
 VERSION = 1
+SUM = "sum"  # key of the checksum over the rest
 PHASES = ("train", "stop", "pre_anneal", "end")  # of two labels for one step, the later in this order stays
 
 
@@ -80,16 +81,27 @@ class Manifest:
         return hash_text(canonical_json({"files": content, "model": to_json(self.model)}))
 
 
+def with_sum(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON, with a checksum over all that it says."""
+    value = without_nan(to_json(manifest))
+    return {**value, SUM: _own_sum(value)}
+
+
+def _own_sum(value: Mapping[str, Any]) -> str:
+    """Of a manifest as JSON: over all but this, and how it was converted, which is added later."""
+    return hash_text(canonical_json({k: v for k, v in value.items() if k not in (SUM, "conversion")}))
+
+
 def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write the manifest atomically: from here on the checkpoint is whole."""
-    write_json(Path(folder) / NAME, to_json(manifest))
+    write_json(Path(folder) / NAME, with_sum(manifest))
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a native checkpoint folder.
 
     Raises:
-        UsageError: there is none, or it is not one of ours.
+        UsageError: there is none, it is not one of ours, or it was changed.
     """
     path = Path(folder) / NAME
     try:
@@ -108,9 +120,16 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
             "read it with the release that wrote it",
         )
     try:
-        return from_json(Manifest, value)
+        said = value.pop(SUM, None)
+        if said is not None and said != _own_sum(value):
+            raise UsageError(f"`{path}` was changed: its checksum `{SUM}` is another one")
+        manifest = from_json(Manifest, value)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"`{path}` {why_unreadable(error)}") from None
+    for name in manifest.files:
+        if Path(name).is_absolute() or not {"", "..", "."}.isdisjoint(name.split("/")) or "\0" in name:
+            raise UsageError(f"`{path}` is damaged: `{name}` is not a file of the folder")
+    return manifest
 
 
 def why_not_whole(folder: str | os.PathLike[str]) -> str | None:

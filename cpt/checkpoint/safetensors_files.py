@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.base.errors import UsageError
-from cpt.base.files import read_json
+from cpt.base.files import read_json, why_unreadable
 
 INDEX = "model.safetensors.index.json"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)(\.safetensors)")
@@ -109,8 +109,8 @@ def read_header(path: Path) -> dict[str, Place]:
             if size < 8 or not 0 < length <= min(_MOST, size - 8):
                 raise UsageError(f"`{path}` is cut short or no safetensors file")
             header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise UsageError(f"`{path}` is missing") from None
+    except OSError as error:
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
     except (ValueError, UnicodeDecodeError):
         raise UsageError(f"`{path}` is no safetensors file: its header is not JSON") from None
     places, lost, end = {}, [], 0

@@ -16,7 +16,7 @@ from cpt.cli.flags import Json, note, result, result_json, warning
 from cpt.cli.where import place
 
 if TYPE_CHECKING:
-    from cpt.checkpoint.content import Optimizer
+    from cpt.checkpoint.content import Content, Optimizer
     from cpt.checkpoint.find import Found
     from cpt.checkpoint.formats import Reading
     from cpt.checkpoint.manifest import Manifest
@@ -44,7 +44,9 @@ VocabSize = Annotated[
     int | None,
     typer.Option("--vocab-size", metavar="N", min=1, help="Of the model, where the checkpoint does not say."),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads.", show_default="one a core")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Threads.", show_default="one a core")
+]
 
 
 def list_checkpoints(path: Where, json: Json = False) -> int:
@@ -61,15 +63,34 @@ def list_checkpoints(path: Where, json: Json = False) -> int:
         row |= {"whole": one.why_not is None, "why_not": one.why_not, "in_run": _other_run(one.folder, where)}
         if one.why_not is None:
             is_ours = (one.folder / manifest.NAME).is_file()
-            row |= _facts(manifest.read(one.folder)) if is_ours else {"bytes": sum(_sizes(one.folder).values())}
+            row |= _facts(manifest.read(one.folder)) if is_ours else _foreign_facts(one.folder, kind)
+            row["step"] = row["step"] if one.step is None else one.step
         rows.append(row)
     if json:
         result_json(rows)
     elif rows:
         result(_table(rows))
     else:
-        note(f"there is no checkpoint in `{path}`")
+        inside = [f"`{p}`" for p in sorted(where.iterdir()) if p.is_dir() and find.listed(p)]
+        more = f" and {len(inside) - _MOST_FILES:,} more" if len(inside) > _MOST_FILES else ""
+        some = f"; there are some in {', '.join(inside[:_MOST_FILES])}{more}" if inside else ""
+        note(f"there is no checkpoint in `{path}`{some}")
     return 0
+
+
+def _foreign_facts(folder: Path, kind: str | None) -> dict[str, Any]:
+    """What a checkpoint without a manifest of a run's says of itself; of one that cannot be opened its size."""
+    from cpt.checkpoint import find
+    from cpt.checkpoint.formats import Reading
+
+    facts: dict[str, Any] = {"bytes": sum(_sizes(folder).values())}
+    if kind in (None, "hf"):  # which has no step and no layout
+        return facts
+    try:
+        content = find.known()[kind].open(folder, Reading(optimizer=False))
+    except UsageError:
+        return facts
+    return facts | {"step": content.iteration} | ({"layout": str(content.layout)} if content.layout else {})
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -81,12 +102,18 @@ def show(
     checkpoint: One, step: Step = None, config: Config = None, vocab_size: VocabSize = None, json: Json = False
 ) -> int:
     """Show what a checkpoint is: model, step, layout, optimizer, size, versions. Reads no values and runs no pickle."""
+    from cpt.base.files import read_json
     from cpt.checkpoint import manifest
     from cpt.checkpoint.formats import Reading
 
     found = _found(checkpoint, step)
     if (found.folder / manifest.NAME).is_file():
-        return _show_native(found.folder, json)
+        if json:
+            result_json({"path": str(found.folder), "kind": "torch_dist", **read_json(found.folder / manifest.NAME)})
+            return 0
+        ours = manifest.read(found.folder)
+        if ours.conversion is None:
+            return _show_native(found.folder, ours)
     return _show_content(found, Reading(config=config, vocab_size=vocab_size), json)
 
 
@@ -101,15 +128,8 @@ def _found(checkpoint: str, step: str | None) -> Found:
     return found
 
 
-def _show_native(folder: Path, json: bool) -> int:
-    """What our own manifest says."""
-    from cpt.base.files import read_json
-    from cpt.checkpoint import manifest
-
-    if json:
-        result_json({"path": str(folder), "kind": "torch_dist", **read_json(folder / manifest.NAME)})
-        return 0
-    found = manifest.read(folder)
+def _show_native(folder: Path, found: Manifest) -> int:
+    """What the manifest of a run's own save says."""
     model, origin = found.model, found.origin
     optimizer = f"Adam, {found.optimizer['step']:,} updates" if found.optimizer else "none, weights only"
     lr = found.progress.get("lr") or {}
@@ -134,8 +154,8 @@ def _show_native(folder: Path, json: bool) -> int:
 
 def _show_content(found: Found, reading: Reading, json: bool) -> int:
     """What a checkpoint of any format says of itself."""
-    from cpt.checkpoint import find, hf_config
-    from cpt.checkpoint.content import Content
+    from cpt.checkpoint import content as contents
+    from cpt.checkpoint import find, hf_config, origin
     from cpt.plan.types import to_json
 
     form = find.known()[found.format]
@@ -145,11 +165,11 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
         if found.format != "hf":
             raise
         warning(f"its weights cannot be used: {error.message}")
-        content = Content(
+        content = contents.Content(
             format="hf", path=found.folder, model=hf_config.read_config(reading.config or found.folder), atoms={}
         )
     facts = dict(form.facts(found.folder))
-    origin = _origin(found.folder)
+    made = origin.read(found.folder)
     files = _sizes(found.folder)
     dtypes: dict[str, int] = {}
     for atom in content.atoms.values():
@@ -171,7 +191,7 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
                 "id": content.id,
                 "left_out": list(content.left_out),
                 "facts": facts,
-                "converted_from": origin,
+                "converted_from": made.record if made else {},
                 "files": files,
             }
         )
@@ -182,6 +202,7 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
         "model": _model(content.model) + (f" (padded to {padded:,})" if padded else ""),
         "tensors": f"{len(content.atoms):,}: " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items()),
         "step": f"{content.iteration:,}" if content.iteration is not None else "–",
+        **_trained(content),
         "layout": str(content.layout) if content.layout else "–",
         "optimizer": _optimizer(content.optimizer),
         "size": f"{show_bytes(sum(files.values()))} in {len(files):,} files",
@@ -190,10 +211,9 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
     }
     if content.id:
         lines["id"] = content.id[:12]
-    if origin:
-        source = origin.get("source") or {}
-        lines["from"] = f"{source.get('format')}, {source.get('path')}"
-    if versions := _versions(content.args, origin):
+    if made:
+        lines["from"] = str(made)
+    if versions := _versions(content.args, made.record if made else {}):
         lines["versions"] = versions
     said = {
         k: v for k, v in facts.items() if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "id"
@@ -216,18 +236,20 @@ def _optimizer(optimizer: Optimizer | None) -> str:
     return f"Adam, {optimizer.step:,} updates" + (f", {optimizer.form}" if optimizer.form else "")
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    """What the folder says about the conversion that made it."""
-    from cpt.base.files import read_json
-    from cpt.checkpoint.sums import LISTS
+def _trained(content: Content) -> dict[str, str]:
+    """The lr, and what a run of ours said when it saved."""
+    from cpt.checkpoint.formats.torch_dist_names import MANIFEST
 
-    for name in LISTS:
-        try:
-            found = read_json(folder / name)["conversion"]
-            return found if isinstance(found, dict) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
+    said = content.objects.get(MANIFEST) or {}
+    lines: dict[str, str] = {}
+    if stage := (said.get("origin") or {}).get("stage"):
+        lines["stage"] = f"{stage}, step {said['step']:,}, {show_count(said['tokens'])} tokens, {said['phase']}"
+        parent = said["origin"].get("parent")
+        lines["parent"] = str(parent.get("path")) if parent else "none, from scratch"
+    groups = content.optimizer.groups if content.optimizer else ()
+    lrs = [((said.get("progress") or {}).get("lr") or {}).get("last"), *(g.get("lr") for g in groups)]
+    last = next((lr for lr in lrs if isinstance(lr, int | float)), None)
+    return lines | ({} if last is None else {"lr": f"{last:.3g}"})
 
 
 def _versions(args: Mapping[str, Any] | None, origin: Mapping[str, Any]) -> str:
@@ -294,7 +316,8 @@ def verify(
         rate = f"{report.nbytes / max(seconds, 1e-3) / 1e6:,.0f} MB/s"
         result(f"{folder}: good ({report.format}: {', '.join(report.done)}; {show_bytes(report.nbytes)}, {rate})")
     else:
-        result("\n".join(f"{folder}: {line.removeprefix(f'`{folder}`: ')}" for line in report.wrong))
+        lines = [line.removeprefix(f"`{folder}`: ") for line in report.wrong]
+        result("\n".join(line if f"`{folder}" in line else f"{folder}: {line}" for line in lines))
     return 0 if report.is_good else FAILED
 
 
@@ -387,8 +410,10 @@ def average(
         typer.Option("--weights", metavar="W,W,...", help="How much of each goes in.", show_default="equally much"),
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="FORMAT", help="What OUT is to be.", show_default="as A")
+        str | None, typer.Option("--to", metavar="FORMAT", help="What OUT is to be.", show_default="A's format")
     ] = None,
+    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor ranks, to megatron or torch_dist.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", metavar="N", min=1, help="Pipeline ranks, likewise.")] = 1,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the weights.", show_default="as they are"),
@@ -396,34 +421,41 @@ def average(
     config: Config = None,
     vocab_size: VocabSize = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes; changes no byte.", show_default="one a core")
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Processes; changes no byte.", show_default="one a core"),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and write nothing.")] = False,
     json: Json = False,
 ) -> int:
     """Average the weights of checkpoints of one model, summed in fp64 from unrounded ones; without optimizer state."""
     from cpt.base.processes import num_cores
+    from cpt.checkpoint.content import Layout
     from cpt.checkpoint.formats import Reading, Writing
     from cpt.checkpoint.job import averaging
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Running
-    from cpt.cli.convert_ckpt import DTYPES
+    from cpt.cli.convert_ckpt import DTYPES, refuse_unused, report_text, show_plan
 
     if dtype is not None and dtype not in DTYPES:
         raise unknown("value for `--dtype`:", dtype, DTYPES)
     given = _weights(weights, len(checkpoints))
     members = [(place(text), weight) for text, weight in zip(checkpoints, given, strict=True)]
     reading = Reading(config=config, vocab_size=vocab_size)
-    plan = averaging.plan(members, out, to, Writing(dtype=DTYPES[dtype] if dtype else None), note, reading)
-    for text in plan.content.left_out:
-        note(f"left out: {text}")
+    writing = Writing(layout=Layout(tp=tp, pp=pp), dtype=DTYPES[dtype] if dtype else None)
+    plan = averaging.plan(members, out, to, writing, note, reading)
+    refuse_unused(plan.request.to, writing, None)
+    shares = ", ".join(f"{w / sum(given):.3g} of {text}" for text, w in zip(checkpoints, given, strict=True))
+    lines = [("average", f"{shares}; weights only")]
+    lines += [("layout", str(writing.layout))] if plan.request.to in ("megatron", "torch_dist") else []
+    if dry_run:
+        return show_plan(plan, json, lines[:1])
     report = convert(plan, Running(workers=workers or num_cores()), command="cpt ckpt average")
     if json:
         result_json(report.to_json())
     elif report.done_before:
         result(f"{report.folder} holds this average already (id {report.id[:12]}); nothing to do")
     else:
-        shares = ", ".join(f"{w / sum(given):.3g} of {text}" for text, w in zip(checkpoints, given, strict=True))
-        result(f"{report.folder}: {shares}; {show_bytes(report.bytes)} as {plan.request.to}, weights only")
+        result(report_text(plan, report, first=lines))
     return 0
 
 

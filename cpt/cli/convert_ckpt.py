@@ -6,7 +6,7 @@ import json as _json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,7 +159,7 @@ def command(
         sha256=sha256,
         file_bytes=_size("--file-size", file_size, 1),
     )
-    _refuse_unused(to, writing, pipeline_layout)
+    refuse_unused(to, writing, pipeline_layout)
     size = _size("--block", block, 1 << 16)
     request = Request(
         source=_source(source),
@@ -173,7 +173,7 @@ def command(
     plan = planning.plan(request, note)
     sides = _sides(plan) if logits else None
     if dry_run:
-        return _show(plan, json)
+        return show_plan(plan, json)
     running = Running(
         workers=workers or _cores(), block=size, allow_nonfinite=allow_nonfinite, recheck=recheck, verify=full
     )
@@ -224,7 +224,7 @@ def _convert(plan: Plan, running: Any, json: bool, sides: tuple[Path, Path] | No
         if worst is not None:
             result(f"logits differ by {worst:.2g} of the largest, in fp32")
     else:
-        result(_report(plan, report, worst))
+        result(report_text(plan, report, worst))
     return 0
 
 
@@ -285,7 +285,7 @@ def _layout(
     return Layout(tp=tp, pp=pp, ep=ep, etp=etp, vp=vp, dp=dp, bucket_numel=bucket)
 
 
-def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> None:
+def refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> None:
     """Options that the format has no use for: a person means another format."""
     from cpt.checkpoint.content import Layout
     from cpt.checkpoint.formats import Writing
@@ -316,8 +316,12 @@ def _refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> No
             raise UsageError(f"`{flag}` is for `--to {format}`, and this is `--to {to}`")
 
 
-def _show(plan: Plan, json: bool) -> int:
-    """The plan, for `--dry-run`."""
+def show_plan(plan: Plan, json: bool, first: Sequence[tuple[str, str]] = ()) -> int:
+    """The plan, for `--dry-run`.
+
+    Args:
+        first: lines to begin with instead of where it comes from, each with its head.
+    """
     from cpt.checkpoint.formats import FORMATS
     from cpt.checkpoint.job import place as where
     from cpt.checkpoint.job.record import advice, dropped, state_id, weights_from
@@ -357,7 +361,7 @@ def _show(plan: Plan, json: bool) -> int:
     origin = [plan.found.format, *([f"step {content.iteration:,}"] if content.iteration is not None else [])]
     origin += [str(content.layout)] if content.layout else []
     lines = [
-        ("from", f"{plan.found.folder}, {', '.join(origin)}"),
+        *(first or [("from", f"{plan.found.folder}, {', '.join(origin)}")]),
         ("model", f"{model.family}, {show_count(model.num_parameters)} parameters, {len(content.atoms):,} tensors"),
         ("optimizer", state),
         ("to", f"{plan.request.out / output.step_folder}, {plan.request.to}{_options(plan)}"),
@@ -379,12 +383,19 @@ def _show(plan: Plan, json: bool) -> int:
 def _options(plan: Plan) -> str:
     layout = plan.request.writing.layout
     parts = [str(layout)] if plan.request.to in ("torch_dist", "megatron") else []
-    own = set(vars(layout)) if hasattr(layout, "__dict__") else {"tp", "pp", "ep", "vp", "dp"}
+    own = {"average"}
+    own |= set(vars(layout)) if hasattr(layout, "__dict__") else {"tp", "pp", "ep", "vp", "dp"}
     parts += [f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if name not in own]
     return "".join(f", {p}" for p in parts)
 
 
-def _report(plan: Plan, report: Report, worst: float | None) -> str:
+def report_text(plan: Plan, report: Report, worst: float | None = None, first: Sequence[tuple[str, str]] = ()) -> str:
+    """What was done, for a person.
+
+    Args:
+        worst: the largest relative difference of logits, where they were compared.
+        first: lines to begin with, each with its head.
+    """
     from cpt.checkpoint.job.record import advice
     from cpt.checkpoint.values import some
 
@@ -399,6 +410,7 @@ def _report(plan: Plan, report: Report, worst: float | None) -> str:
     earlier = report.bytes - report.written
     went_on = f"; {show_bytes(earlier)} were finished before" if earlier > 0 else ""
     lines = [
+        *first,
         ("written", f"{report.folder}, {plan.request.to}"),
         ("size", f"{show_bytes(report.bytes)} in {report.files:,} files, {report.tensors:,} tensors"),
         ("time", f"{_seconds(report.seconds)}, {report.rate / 1e6:,.0f} MB/s{went_on}"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, GuardStop, StoppedAndSaved, UsageError
+from cpt.base.files import closed_at
 
 INTERRUPTED = 130
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO}
@@ -60,7 +61,7 @@ def _other(error: Exception, debug: bool) -> int:
         return USAGE
     if isinstance(error, OSError) and error.errno in _MACHINE:
         _debug(debug)
-        where = f" `{error.filename}`" if error.filename else ""
+        where = f" `{closed_at(error.filename)}`" if isinstance(error.filename, str) else ""
         write_error(CptError(f"{(error.strerror or str(error)).lower()}{where}"))
         return ENVIRONMENT
     return _bug(error, debug)

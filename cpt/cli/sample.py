@@ -13,7 +13,7 @@ from cpt.cli.flags import Json, note, result_json
 
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="`iter_*` folder, stage, run, its name, or Hugging Face folder.")
+        str, typer.Argument(metavar="CKPT", help="A run, its name, a stage, its checkpoint, or a Hugging Face folder.")
     ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to continue.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="At most so many tokens.")] = 64,

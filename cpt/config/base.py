@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import PlanError, UsageError
-from cpt.base.files import canonical_json, hash_text, read_json
+from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
 from cpt.base.registry import nearest
 from cpt.plan.check import CONVERT_HINT, why_not_trained
 from cpt.plan.types import Conversion, Lr, ModelConfig, from_json
@@ -116,6 +116,8 @@ def _converted(path: Path, step: int | None, format_: str, cache: Path, config: 
     holds = ["weights", *(["cursor"] if progress else []), *(["optimizer"] if content.has_optimizer else [])]
     holds += ["lr"] if lr is not None else []
     tokenizer = content.files.get("tokenizer.json")
+    if tokenizer is None and config is not None and (config / "tokenizer.json").is_file():
+        tokenizer = config / "tokenizer.json"
     return Checkpoint(
         kind="native",
         path=cache / "checkpoints" / identity[:32],
@@ -157,12 +159,15 @@ def _hf(path: Path, text: str) -> Checkpoint:
 
 def _content(path: Path) -> list[Any]:
     """Name, size and a hash of slices of a large file: its identity without reading all of it."""
-    size = path.stat().st_size
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for i in range(_PLACES):
-            file.seek(max(0, (size - _SLICE)) * i // (_PLACES - 1))
-            digest.update(file.read(_SLICE))
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for i in range(_PLACES):
+                file.seek(max(0, (size - _SLICE)) * i // (_PLACES - 1))
+                digest.update(file.read(_SLICE))
+    except OSError as error:
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
     return [path.name, size, digest.hexdigest()]
 
 

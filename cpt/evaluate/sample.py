@@ -50,20 +50,25 @@ def find(path: str | Path, tokenizer: str | Path | None = None) -> Found:
     """The checkpoint that `path` means and the tokenizer that goes with it. No torch is loaded.
 
     Args:
-        path: an `iter_*` folder, a stage or run folder (its newest whole checkpoint), or a Hugging Face folder.
+        path: as `checkpoint.find.find` takes it; the checkpoint must be one of ours, or a Hugging Face folder.
         tokenizer: folder or `tokenizer.json`; needed when a native checkpoint was moved out of its run.
 
     Raises:
-        UsageError: there is no checkpoint, no tokenizer, or the tokenizer is another one.
+        UsageError: there is no checkpoint, it is of another format, there is no tokenizer, or it is another one.
     """
-    from cpt.checkpoint import manifest, store, tokenizer_files
+    from cpt.checkpoint import find as checkpoints
+    from cpt.checkpoint import manifest, tokenizer_files
     from cpt.data.tokenizer import tokenizer_hash, tokenizer_json
 
-    path = Path(path)
-    exported = store.hugging_face(path)
-    if exported is not None:
-        return Found(exported, "hf", tokenizer_json(tokenizer if tokenizer is not None else exported))
-    folder = store.resolve(path)
+    found = checkpoints.find(Path(path))
+    folder = found.folder
+    if found.format == "hf":
+        return Found(folder, "hf", tokenizer_json(tokenizer if tokenizer is not None else folder))
+    if not (folder / manifest.NAME).is_file():
+        raise UsageError(
+            f"`{folder}` is in {checkpoints.known()[found.format].title}, which is not sampled from",
+            f"`cpt convert-ckpt {folder} OUT --to hf` makes a folder to sample from",
+        )
     if tokenizer is None:
         tokenizer = tokenizer_files.of_checkpoint(folder)
     if tokenizer is None:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 from cpt.base.errors import UsageError
 from cpt.base.events import stage_events
-from cpt.checkpoint import manifest, store
+from cpt.checkpoint import find as checkpoints
+from cpt.checkpoint import manifest, origin, store
+from cpt.checkpoint.job.planning import state_of_files
 from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.origin import Converted
 from cpt.evaluate import measurements
 from cpt.plan.types import RunPlan, StagePlan, Train
 from cpt.report import show
@@ -31,8 +34,9 @@ LONGEST = 1000  # links; a longer chain bites its own tail
 class Link:
     """One checkpoint of a chain."""
 
-    kind: str  # stage | export | base | scratch | gone
+    kind: str  # stage | converted | export | base | scratch | gone
     path: str | None
+    source: str = ""  # that it was converted from, with its format
     stage: str = ""
     run: str = ""
     plan: str = ""
@@ -51,7 +55,7 @@ class Link:
 
 
 def find(name: str, runs: Path = Path("runs")) -> Path:
-    """The checkpoint or export folder that a person means by a path or the name of a run.
+    """The checkpoint folder that a person means by a path or the name of a run.
 
     Raises:
         UsageError: there is none.
@@ -59,11 +63,11 @@ def find(name: str, runs: Path = Path("runs")) -> Path:
     path = Path(name)
     if not path.exists():
         path = find_run(name, runs)
-    if path.is_file():
-        path = path.parent
-    if (path / "config.json").is_file() and not (path / manifest.NAME).is_file():
-        return path
-    return store.resolve(path)
+    path = path.parent if path.is_file() else path
+    try:
+        return store.resolve(path)
+    except UsageError:  # none of ours
+        return checkpoints.find(path).folder
 
 
 def chain(checkpoint: Path) -> list[Link]:
@@ -73,15 +77,7 @@ def chain(checkpoint: Path) -> list[Link]:
         UsageError: the checkpoint's own manifest cannot be read.
     """
     links: list[Link] = []
-    if not (checkpoint / manifest.NAME).is_file():
-        exported = _exported_from(checkpoint)
-        if exported is None:
-            return [
-                Link(kind="base", path=str(checkpoint), note="a model from outside; nothing says where it comes from")
-            ]
-        links.append(Link(kind="export", path=str(checkpoint), stage=exported[0], run=exported[1]))
-        checkpoint = exported[2]
-    wanted: str | None = None
+    wanted: str | None = None  # the identity that a child recorded
     child: _Child | None = None
     seen: set[Path] = set()
     while len(links) < LONGEST:
@@ -89,26 +85,45 @@ def chain(checkpoint: Path) -> list[Link]:
         if checkpoint in seen:
             raise UsageError(f"`{checkpoint}` names itself among its parents: its manifest was changed by hand")
         seen.add(checkpoint)
-        try:
-            found = manifest.read(checkpoint)
-        except UsageError as error:
-            if not links:
-                raise
-            links.append(Link(kind="gone", path=str(checkpoint), identity=wanted or "", note=error.message))
+        made = origin.read(checkpoint)
+        if (checkpoint / manifest.NAME).is_file():
+            try:
+                found = manifest.read(checkpoint)
+            except UsageError as error:
+                if not links:
+                    raise
+                links.append(Link(kind="gone", path=str(checkpoint), identity=wanted or "", note=error.message))
+                return links
+            links.append(_link(checkpoint, found, wanted, child, made))
+            child = _Child(checkpoint, found)
+            if parent := found.origin.parent:
+                checkpoint, wanted = Path(str(parent.get("path") or "")), str(parent.get("identity") or "")
+                continue
+            if made is None:
+                links.append(Link(kind="scratch", path=None))
+                return links
+        elif not links and (exported := _exported_from(checkpoint)):
+            stage, run, source = exported
+            links.append(Link(kind="export", path=str(checkpoint), stage=stage, run=run))
+            checkpoint = source
+            continue
+        elif made is not None:
+            links.append(
+                Link(kind="converted", path=str(checkpoint), source=str(made), step=made.step, note=_changed(made))
+            )
+        else:
+            links.append(_last(checkpoint, wanted, child))
             return links
-        links.append(_link(checkpoint, found, wanted, child))
-        child = _Child(checkpoint, found)
-        parent = found.origin.parent
-        if not parent:
-            links.append(Link(kind="scratch", path=None))
+        if made.members:
             return links
-        path, wanted = str(parent.get("path") or ""), str(parent.get("identity") or "")
-        following = _following(Path(path), wanted, child)
-        if following is not None:
-            links.append(following)
-            return links
-        checkpoint = Path(path)
+        checkpoint, wanted = made.path, None
     return links
+
+
+def _changed(made: Converted) -> str:
+    """A note when what a checkpoint was converted from is another one by now."""
+    same = made.members or not made.path.is_dir() or not made.identity or state_of_files(made.path) == made.identity
+    return "" if same else "its source has changed since it was converted"
 
 
 @dataclass(frozen=True)
@@ -131,23 +146,35 @@ class _Child:
         return _losses(self.path, "start")
 
 
-def _following(path: Path, identity: str, child: _Child) -> Link | None:
-    """The last link, when a parent is no checkpoint of ours; None when the chain goes on."""
+def _last(path: Path, identity: str | None, child: _Child | None) -> Link:
+    """The last link: a checkpoint that nothing says the parents of.
+
+    Args:
+        identity: that a run recorded, which starts from Hugging Face folders and from checkpoints of ours.
+    """
     if not path.is_dir():
-        return Link(kind="gone", path=str(path), identity=identity, note="the folder is not there any more")
-    if (path / manifest.NAME).is_file():
-        return None
-    if (path / "config.json").is_file():
-        losses = child.start()
-        by = child.stage if losses else ""
-        return Link(kind="base", path=str(path), identity=identity, losses=losses, measured_by=by)
-    return Link(kind="gone", path=str(path), identity=identity, note="the folder holds no checkpoint any more")
+        return Link(kind="gone", path=str(path), identity=identity or "", note="the folder is not there any more")
+    if not (path / "config.json").is_file() and (identity is not None or checkpoints.recognise(path) is None):
+        return Link(
+            kind="gone", path=str(path), identity=identity or "", note="the folder holds no checkpoint any more"
+        )
+    losses = child.start() if child else {}
+    return Link(
+        kind="base",
+        path=str(path),
+        identity=identity or "",
+        losses=losses,
+        measured_by=child.stage if child and losses else "",
+        note="" if identity else "a model from outside; nothing says where it comes from",
+    )
 
 
-def _link(path: Path, found: Manifest, wanted: str | None, child: _Child | None) -> Link:
+def _link(path: Path, found: Manifest, wanted: str | None, child: _Child | None, made: Converted | None) -> Link:
     progress = found.progress
     said = progress.get("lr")
     last = said.get("last") if isinstance(said, dict) else None
+    if made and last is None:  # of another program's optimizer
+        last = next((g["lr"] for g in (found.optimizer or {}).get("groups", ()) if g.get("lr") is not None), None)
     run = run_of(path)
     plan = _plan(run)
     stage = plan.stages.get(found.origin.stage) if plan else None
@@ -158,9 +185,12 @@ def _link(path: Path, found: Manifest, wanted: str | None, child: _Child | None)
     if not losses and child is not None and not changed:
         losses = child.start()
         by = child.stage if losses else ""
+    notes = ["its content has changed since the child started from it"] if changed else []
+    notes += [text] if made and (text := _changed(made)) else []
     return Link(
-        kind="stage",
+        kind="converted" if made and not found.origin.stage else "stage",
         path=str(path),
+        source=str(made) if made else "",
         stage=found.origin.stage,
         run=run.name if run else "",
         plan=found.origin.plan_id,
@@ -175,7 +205,7 @@ def _link(path: Path, found: Manifest, wanted: str | None, child: _Child | None)
         phase=found.phase,
         identity=found.identity,
         created=found.created or None,
-        note="its content has changed since the child started from it" if changed else "",
+        note="; ".join(notes),
     )
 
 
@@ -244,14 +274,22 @@ def lineage_text(links: list[Link]) -> str:
 def _head(link: Link) -> str:
     name = show.plain(link.stage, 60)
     run = f" of {show.plain(link.run, 80)}" if link.run else ""
+    if link.kind == "converted":
+        return "converted" + (f" · step {link.step:,}" if link.step else "")
     if link.kind == "stage":
         return f"{name}{run} · step {link.step or 0:,} · {show.show_count(link.tokens or 0)} tokens"
     return {
         "export": f"{name}{run} · export",
-        "base": f"base model {show.plain(Path(link.path or '').name, 60)}".rstrip(),
+        "base": f"base model {show.plain(_name(Path(link.path or '')), 60)}".rstrip(),
         "scratch": "random initial weights",
         "gone": "a parent that cannot be read",
     }[link.kind]
+
+
+def _name(folder: Path) -> str:
+    """A checkpoint folder's name; of a step with that of the folder of all steps."""
+    is_step = store.is_folder_name(folder.name) or folder.name == store.RELEASE
+    return f"{folder.parent.name}/{folder.name}" if is_step else folder.name
 
 
 def _details(link: Link) -> list[str]:
@@ -268,6 +306,8 @@ def _details(link: Link) -> list[str]:
         found.append(f"loss     {each} nats/token{by}")
     elif link.kind == "stage":
         found.append("loss     not measured at this step")
+    if link.source:
+        found.append(f"from     {show.plain(link.source, 300)}")
     if link.path:
         found.append(f"folder   {show.plain(link.path, 300)}")
     if link.phase and link.phase != "end":

@@ -86,6 +86,8 @@ def _place(plan: RunPlan, path: str) -> str:
     step = folder.name.removeprefix("iter_")
     if step.isdigit() and folder.parent.name == "checkpoints" and folder.parents[2].name == "stages":
         return show.plain(f"{folder.parents[3].name}/{folder.parents[1].name}@{int(step)}")
+    if step.isdigit() or folder.name == "release":  # of a step, the folder of all steps says which checkpoint it is
+        return show.plain(folder.parent.name + (f"@{int(step)}" if step.isdigit() else ""))
     return show.plain(folder.name)
 
 

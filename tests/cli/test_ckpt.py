@@ -181,7 +181,8 @@ def test_folders_of_steps_of_every_format_are_listed(formats: dict[str, Path], t
     assert "not whole" in done.stdout.splitlines()[2] and "its save never finished" in done.stdout
     for name in ("hf", "atom"):
         (row,) = json.loads(cpt("ckpt", "list", str(formats[name]), "--json").stdout)
-        assert (row["kind"], row["whole"], row["step"]) == (name, True, None) and row["bytes"] > 10_000
+        assert (row["kind"], row["whole"], row["bytes"] > 10_000) == (name, True, True)
+        assert row["step"] == (7 if name == "atom" else None)
 
 
 def test_what_is_wrong_with_a_checkpoint_is_1_and_what_is_none_is_2(formats: dict[str, Path], tmp_path: Path) -> None:
@@ -220,8 +221,8 @@ def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tm
         str(out),
     )
     done = cpt(*words, "--to", "hf")
-    assert done.returncode == 0 and "weights only" in done.stdout, done.stderr
-    assert "left out: the optimizer's state of" in done.stderr
+    assert done.returncode == 0 and done.stdout.startswith(f"average  1 of {formats['torch_dist']}, 0 of "), done.stderr
+    assert "weights only" in done.stdout and "dropped  the optimizer's state of" in done.stdout
     assert cpt("ckpt", "diff", str(out), str(formats["atom"]), "--weights").returncode == 0
     assert "holds this average already" in cpt(*words, "--to", "hf").stdout
     done = cpt(
@@ -230,6 +231,14 @@ def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tm
     assert done.returncode == 0 and not list(tmp_path.glob("*.partial"))
     shown = json.loads(cpt("ckpt", "show", str(tmp_path / "b"), "--json").stdout)
     assert shown["dtypes"] == {"float32": 30} and shown["converted_from"]["options"]["dtype"] == "float32"
+    shown_ = cpt("ckpt", "show", str(tmp_path / "b")).stdout
+    assert f"average of 0.5 × {formats['hf']}, 0.5 × {formats['other']}" in shown_
+    two = ("ckpt", "average", str(formats["megatron"]), str(formats["hf"]), "--out", str(tmp_path / "two"))
+    planned = cpt(*two, "--tp", "2", "--dry-run").stdout
+    assert planned.startswith("average    0.5 of ") and "mp_rank_01" in planned and not (tmp_path / "two").exists()
+    assert "layout   tp 2 × pp 1\n" in cpt(*two, "--tp", "2").stdout
+    done = cpt(*two, "--to", "hf", "--tp", "2")
+    assert done.returncode == 2 and "`hf` has no ranks, so `--tp` means nothing for it" in done.stderr
     for flags, words_ in (
         (("--weights", "1"), "names 1 numbers for 2"),
         (("--weights", "a,b"), "is not a list of numbers"),
@@ -241,6 +250,31 @@ def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tm
         assert done.returncode == 2 and words_ in done.stderr and not (tmp_path / "c").exists()
 
 
+def test_what_a_checkpoint_was_converted_from_is_told_in_every_format(tmp_path: Path) -> None:
+    golden = shared_data("ckpt", "mcore-goldens", "td_fully_reshardable_dp2", "iter_0000007")
+    before, form = golden, "torch_dist"
+    for name in ("torch_dist", "megatron", "atom", "torch_dist"):
+        out = tmp_path / f"{name}{before == golden}"
+        assert cpt("convert-ckpt", str(before), str(out), "--to", name).returncode == 0
+        shown = cpt("ckpt", "show", str(out)).stdout
+        folder = out / "iter_0000007" if name != "atom" else out
+        wanted = f"{form}, {before}"
+        for line in (
+            f"from       {wanted}\n",
+            "step       7\n",
+            "lr         0.001\n",
+            "tensors    39: 39 bf",
+            "Adam, 7 ",
+        ):
+            assert line in shown, shown
+        assert "scratch" not in shown
+        assert f"    from     {wanted}\n" in cpt("lineage", str(out)).stdout
+        before, form = folder, name
+    chain = cpt("lineage", str(before)).stdout
+    heads = [line for line in chain.splitlines() if line and not line.startswith(" ")]
+    assert heads == ["converted · step 7"] * 4 + ["base model td_fully_reshardable_dp2/iter_0000007"], chain
+
+
 def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     for arguments, words in (
         (("ckpt", "list", str(tmp_path / "none")), "is not a folder"),
@@ -248,7 +282,7 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
         (("ckpt", "verify", str(tmp_path)), "is no checkpoint: it holds nothing"),
         (("ckpt", "diff", str(tmp_path), str(tmp_path)), "is no checkpoint: it holds nothing"),
         (("ckpt", "average", str(tmp_path), "--out", str(tmp_path / "x")), "lies inside"),
-        (("sample", str(tmp_path), "x"), "holds no checkpoint"),
+        (("sample", str(tmp_path), "x"), "is no checkpoint"),
         (("sample", str(tmp_path), "x", "--top-p", "0"), "`--top-p` is 0.0"),
     ):
         done = cpt(*arguments)

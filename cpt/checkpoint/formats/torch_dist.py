@@ -145,6 +145,11 @@ class _Reader:
         self.files.close()
         self.source.close()
         iteration = self.common.get("iteration", self.args.get("iteration") if self.args else None)
+        if self.manifest is not None and isinstance(iteration, int) and iteration != self.manifest.step:
+            raise UsageError(
+                f"`{self.folder / manifests.NAME}` says step {self.manifest.step:,}, `{COMMON}` {iteration:,}: one of "
+                "them was changed"
+            )
         return Content(
             format=TorchDist.name,
             path=self.folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,9 +69,14 @@ def plan(
         output=writable[to].plan(mean, writing),
         id=hash_text(canonical_json(named)),
         identity=identity,
-        options={"average": [[str(f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}
+        options={"average": [[_from(out, f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}
         | ({"dtype": writing.dtype} if writing.dtype else {}),
     )
+
+
+def _from(out: Path, folder: Path) -> str:
+    """A member's path from OUT, as `job.record` says the source's."""
+    return os.path.relpath(folder.resolve(), out.absolute())
 
 
 def _has_padding(content: Content) -> bool:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from cpt.base.files import write_json
-from cpt.checkpoint import store
+from cpt.base.errors import UsageError
+from cpt.base.files import closed_at, why_unreadable, write_json
+from cpt.checkpoint import manifest, store
+from cpt.checkpoint.content import Layout
+from cpt.checkpoint.formats import Writing
 from cpt.evaluate import sample
+from tests import made_checkpoints
 from tests.command import cpt, write_base
 from tests.unit.checkpoint.test_store import a_checkpoint
 
@@ -79,3 +84,57 @@ def test_what_is_neither_is_told_what_would_do(tmp_path: Path) -> None:
     ended = cpt("ckpt", "show", str(tmp_path))
     assert ended.code == 2 and "hint: known are folders of Hugging Face" in ended.err
     assert "and runs and stages of cpt" in ended.err
+
+
+@pytest.mark.parametrize("name", ["torch_dist", "megatron", "atom"])
+def test_what_is_not_sampled_from_is_told_by_its_format_and_what_to_do(tmp_path: Path, name: str) -> None:
+    folder = made_checkpoints.write(made_checkpoints.content(tmp_path / "values"), name, tmp_path / "made")
+    (folder / "manifest.json").unlink(missing_ok=True)
+    ended = cpt("sample", str(tmp_path / "made"), "The")
+    assert ended.code == 2 and f"`{folder}` is in " in ended.err and "which is not sampled from" in ended.err
+    assert f"hint: `cpt convert-ckpt {folder} OUT --to hf` makes a folder to sample from" in ended.err
+
+
+def test_a_list_says_where_checkpoints_are_and_the_layout_of_foreign_ones(tmp_path: Path) -> None:
+    given, writing = made_checkpoints.content(tmp_path / "values"), Writing(layout=Layout(tp=2))
+    made_checkpoints.write(given, "megatron", tmp_path / "all" / "made", writing)
+    ended = cpt("ckpt", "list", str(tmp_path / "all"))
+    assert ended.code == 0 and f"there are some in `{tmp_path / 'all' / 'made'}`\n" in ended.err
+    assert " tp 2 × pp 1 " in cpt("ckpt", "list", str(tmp_path / "all" / "made")).out
+
+
+def test_a_folder_in_a_files_place_and_a_closed_file_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_checkpoints.write(made_checkpoints.content(tmp_path / "values"), "hf", tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    for words in (("verify", str(folder)), ("diff", str(folder), str(folder))):
+        ended = cpt("ckpt", *words)
+        assert ended.code in (1, 2) and "`model.safetensors` is a folder, wanted is a file" in (
+            ended.out + ended.err
+        ).replace(f"{folder}/", "")
+    closed = tmp_path / "closed"
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    assert closed_at(closed / "in" / "file") == closed and closed_at(folder / "file") == folder / "file"
+    with pytest.raises(PermissionError):
+        why_unreadable(PermissionError(13, "no", "x"))
+
+
+def test_a_manifest_that_was_changed_is_never_believed(tmp_path: Path) -> None:
+    folder = made_checkpoints.write(made_checkpoints.content(tmp_path / "values"), "torch_dist", tmp_path / "made")
+    path = folder / manifest.NAME
+    good = manifest.read(folder)
+    manifest.write(folder, good)
+    text = path.read_text()
+    path.write_text(text.replace('"tokens": 0', '"tokens": 1'))
+    with pytest.raises(UsageError, match="was changed: its checksum `sum` is another one"):
+        manifest.read(folder)
+    value = {k: v for k, v in json.loads(text).items() if k != "sum"}  # as earlier releases wrote it
+    write_json(path, value | {"step": 8})
+    assert "says step 8, `common.pt` 7: one of them was changed" in cpt("ckpt", "verify", str(folder)).out
+    for name in ("../../x", "/x", "a/../../x", ""):
+        write_json(path, value | {"files": value["files"] | {name: {"size": 1, "crc32": "00000000"}}})
+        with pytest.raises(UsageError, match="is not a file of the folder"):
+            manifest.read(folder)

@@ -43,7 +43,12 @@ def test_a_base_of_another_format_is_converted_first(project: Path, name: str) -
     made = plan.conversions[folder]
     assert Path(made.source).is_relative_to(project / name) and made.bytes == 4 * plan.model.num_parameters  # type: ignore[union-attr]
     text = plan_text(plan, None, ())
-    assert f"convert {Path(made.source).name}: {made.shown} → native, converted first, " in text
+    assert f"convert {name}: {made.shown} → native, converted first, " in text  # and not of which step it is
+
+
+def test_the_tokenizer_may_lie_beside_the_configuration_of_the_base(project: Path) -> None:
+    plan = build.plan("two", ["base=ranks", "base.config=base"])
+    assert plan.tokenizer.path == str(project / "base" / "tokenizer.json")
 
 
 def test_the_same_content_is_the_same_base_wherever_it_lies(project: Path) -> None:

@@ -8,11 +8,14 @@ import pytest
 from cpt.base.errors import UsageError
 from cpt.base.files import read_json, write_json
 from cpt.checkpoint import manifest
+from cpt.checkpoint.job import planning
+from cpt.checkpoint.job.convert import convert
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.plan.types import Parallel
 from cpt.report.lineage import chain, find, lineage_text
 from cpt.schedules import curve
 from tests import made_run
+from tests.shared import shared_data
 
 
 def checkpoint(run, stage, step, parent):
@@ -95,6 +98,7 @@ def test_a_parent_whose_manifest_is_damaged_is_named(run):
 def test_a_parent_that_was_changed_since_is_named(run):
     path = run / "stages" / "domain" / "checkpoints" / "iter_0000120" / "manifest.json"
     value = read_json(path)
+    del value["sum"]
     value["files"]["weights"]["crc32"] = "00000000"
     write_json(path, value)
     links = chain(find(str(run / "stages" / "anneal")))
@@ -104,6 +108,7 @@ def test_a_parent_that_was_changed_since_is_named(run):
 def test_a_chain_that_bites_its_tail_ends(run):
     first = run / "stages" / "base" / "checkpoints" / "iter_0000150" / "manifest.json"
     value = read_json(first)
+    del value["sum"]
     value["origin"]["parent"] = {
         "path": str(run / "stages" / "anneal" / "checkpoints" / "iter_0000050"),
         "identity": "",
@@ -144,3 +149,24 @@ def test_the_base_has_a_heading_and_the_losses_it_was_measured_with(run, tmp_pat
     folder, _ = checkpoint(run, "base", 150, {"path": str(base), "identity": "abc"})
     text = lineage_text(chain(folder))
     assert "base model base-1b\n    loss     general 8.300, medical 8.300 nats/token (measured at the start" in text
+
+
+def test_a_conversion_leads_on_to_what_it_was_made_from_and_is_never_random_weights(run, tmp_path):
+    source = shared_data("ckpt", "stories260k-hf")
+    ranks, native = tmp_path / "ranks", tmp_path / "native"
+    for one, out, to in ((source, ranks, "megatron"), (ranks, native, "torch_dist")):
+        convert(planning.plan(planning.Request(source=one, out=out, to=to)))
+    facts = manifest.read(native / "release")
+    folder, _ = checkpoint(run, "other", 7, {"path": str(native / "release"), "identity": facts.identity})
+    links = chain(folder)
+    assert [(x.kind, x.path) for x in links[1:]] == [
+        ("converted", str(native / "release")),
+        ("converted", str(ranks / "release")),
+        ("base", str(source.resolve())),
+    ]
+    assert chain(find(str(ranks)))[0] == links[2]
+    text = lineage_text(links)
+    assert "random" not in text and " · step 0" not in text
+    assert f"from     megatron, {ranks / 'release'}\n" in text and f"from     hf, {source}\n" in text
+    (ranks / "release" / "more").write_text("")
+    assert chain(folder)[1].note == "its source has changed since it was converted"
