@@ -51,7 +51,7 @@ Workers = Annotated[
 
 def list_checkpoints(path: Where, json: Json = False) -> int:
     """List the checkpoints of a run, a stage or a folder of steps, of any format, and which are whole."""
-    from cpt.checkpoint import find, manifest
+    from cpt.checkpoint import find, manifest, store
 
     where = place(path)
     if not where.is_dir():
@@ -64,7 +64,8 @@ def list_checkpoints(path: Where, json: Json = False) -> int:
         if one.why_not is None:
             is_ours = (one.folder / manifest.NAME).is_file()
             row |= _facts(manifest.read(one.folder)) if is_ours else _foreign_facts(one.folder, kind)
-            row["step"] = row["step"] if one.step is None else one.step
+            if one.step is not None or one.folder.name == store.RELEASE:  # the folder's name says which step it is
+                row["step"] = one.step
         rows.append(row)
     if json:
         result_json(rows)
