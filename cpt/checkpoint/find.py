@@ -87,6 +87,10 @@ def find(path: Path, step: int | None = None) -> Found:
     Raises:
         UsageError: nothing is there, it is not whole, or nothing known; says what is there and what is known.
     """
+    from cpt.checkpoint.job import place
+
+    if (begun := place.unfinished(path)) is not None:
+        raise NotWhole(f"`{path}` is {begun}")
     if not path.is_dir():
         raise _not_a_folder(path)
     candidates = list(_candidates(path))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.base.files import read_json
-from cpt.base.registry import unknown
+from cpt.base.files import read_json, why_unreadable
+from cpt.base.registry import nearest, unknown
+from cpt.checkpoint import mapping
 from cpt.plan.types import ModelConfig
 
 Json = Mapping[str, Any]
@@ -109,6 +110,11 @@ _SCALING_KEYS = {
 _BIASED, _EXPERTS = ("gpt_neox", "gpt2"), ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
+def name_of(field: str) -> str:
+    """A field of `ModelConfig` as `config.json` calls it."""
+    return _NAMES.get(field, (field,))[0]
+
+
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The model of a Hugging Face folder (or of a `config.json`), from its configuration alone.
 
@@ -121,7 +127,11 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     except FileNotFoundError:
         raise UsageError(f"`{folder}` has no `config.json`") from None
     except ValueError as error:
-        raise UsageError(f"`{path}` is not JSON: {error}") from None
+        if "BOM" in str(error):
+            raise UsageError(
+                f"`{path}` begins with a byte order mark, which JSON has not", "save it as UTF-8 without BOM"
+            ) from None
+        raise UsageError(f"`{path}` {why_unreadable(error)}") from None
     if not isinstance(config, dict):
         raise UsageError(f"`{path}` holds no mapping")
     return parse(config, str(path))
@@ -134,12 +144,15 @@ def parse(config: Json, where: str = "config.json") -> ModelConfig:
         UsageError: as `read_config`; all problems together.
     """
     family = config.get("model_type")
+    if family is None:
+        raise UsageError(f"`{where}` names no `model_type`", f"known: {', '.join(f'`{f}`' for f in _ARCHITECTURES)}")
     if family not in _ARCHITECTURES:
         error = unknown("`model_type`", family, _ARCHITECTURES)
+        is_typo = nearest(str(family), _ARCHITECTURES) is not None
         raise UsageError(
             f"{error.message} in `{where}`",
             *error.hints,
-            "a family is a table of rules in `cpt/checkpoint/mapping.py` and its settings in `hf_config.py`",
+            *([] if is_typo else ["`docs/checkpoints.md` says how a new family is added"]),
         )
     read = _Reader(config, family, where)
     problems = [*_refusals(read), *read.problems]
@@ -148,7 +161,12 @@ def parse(config: Json, where: str = "config.json") -> ModelConfig:
     fields = _fields(read)
     if read.problems:
         raise UsageError(read.problems[0], more=tuple(UsageError(p) for p in read.problems[1:]))
-    return ModelConfig(**fields, hf_config=dict(config))
+    model = ModelConfig(**fields, hf_config=dict(config))
+    try:
+        mapping.check_sizes(model)
+    except UsageError as error:
+        raise UsageError(f"`{where}`: {error.message}") from None
+    return model
 
 
 class _Reader:
@@ -172,6 +190,9 @@ class _Reader:
 
     def number(self, key: str, kind: Callable[[Any], Any], default: Any = None, above: float = 0) -> Any:
         value = self.get(key, default)
+        if value is None:
+            self.problems.append(f"`{self.where}` has no `{key}`")
+            return kind(1)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= above or kind(value) != value:
             self.problems.append(f"`{key}` in `{self.where}` is `{value}`, wanted a number above {above:g}")
             return kind(1)

@@ -6,7 +6,7 @@ blocks. One description serves reading and writing of per-rank files and of flat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cpt.base.errors import UsageError
@@ -81,15 +81,24 @@ def layers_of(layout: Layout, num_layers: int) -> dict[tuple[int, int], range]:
             )
         counts = (num_layers // parts,) * parts
     if len(counts) != parts or sum(counts) != num_layers or min(counts) < 0:
-        raise UsageError(
-            f"the pipeline layout has {len(counts)} parts with {sum(counts)} layers; "
-            f"wanted are pp · vp = {parts} parts with {num_layers} layers"
-        )
+        raise wrong_parts("the pipeline layout", counts, layout.pp, layout.vp, num_layers)
     found, at = {}, 0
     for i, count in enumerate(counts):
         found[i % layout.pp, i // layout.pp] = range(at, at + count)
         at += count
     return found
+
+
+def wrong_parts(what: str, counts: Sequence[int], pp: int, vp: int, num_layers: int) -> UsageError:
+    """The error for layers of parts that are not those of the ranks or of the model."""
+
+    def said(parts: int, layers: int) -> str:
+        return f"{parts} part{'s' * (parts != 1)} with {layers} layer{'s' * (layers != 1)}"
+
+    return UsageError(
+        f"{what} has {said(len(counts), sum(counts))}; wanted: {said(pp * vp, num_layers)} (pp {pp}"
+        + (f" · vp {vp})" if vp > 1 else ")")
+    )
 
 
 def check(model: ModelConfig, layout: Layout, padded_vocab_size: int, *, cuts_layers: bool = True) -> None:

@@ -80,7 +80,7 @@ def of_hugging_face(folder: Path, tokens_BS: Any) -> Logits:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
-        raise UsageError("comparing logits needs transformers", "`pip install 'cpt[eval]'`") from None
+        raise UsageError("comparing logits needs transformers", "`pip install transformers`") from None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # A difference of logits says all that its warnings could.

@@ -308,8 +308,8 @@ def check_sizes(model: ModelConfig) -> None:
             raise UsageError(f"`{name}` is {str(value)[:40]}, wanted a whole number from {smallest} to {_MOST_SIZE:,}")
     if model.num_layers * max(1, model.num_experts) > _MOST_PARTS:
         raise UsageError(
-            f"{model.num_layers:,} layers of {model.num_experts:,} experts are more than any model has "
-            f"({_MOST_PARTS:,} together)"
+            f"{model.num_layers:,} layers{f' of {model.num_experts:,} experts' if model.num_experts else ''} are more "
+            f"than any model has ({_MOST_PARTS:,})"
         )
     if model.num_attention_heads % model.num_query_groups:
         raise UsageError(

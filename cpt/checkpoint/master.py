@@ -65,8 +65,8 @@ def check(content: Content, files: Files, *, part: int = 0, parts: int = 1) -> l
 
 
 def compared(content: Content) -> int:
-    """How many tensors have both weights, padding rows counted apart."""
-    return sum(1 for _ in _pairs(content))
+    """How many tensors have both weights; padding rows are of their tensor."""
+    return len({atom for atom, *_ in _pairs(content)})
 
 
 def together(found: Iterable[Wrong]) -> list[Wrong]:
@@ -89,7 +89,9 @@ def refuse(content: Content, wrong: Sequence[Wrong]) -> NotItsWeights:
     wrong = together(wrong)
     form = content.optimizer.form if content.optimizer else None
     known = content.format in ("torch_dist", "native") and form in (None, "fully_reshardable") and _is_shifted(wrong)
-    return refusal(str(content.path), [str(w) for w in wrong], compared(content), known=known)
+    whole = {w.atom for w in wrong if not w.pad}
+    names = [str(w) for w in wrong if not (w.pad and w.atom in whole)]
+    return refusal(str(content.path), names, compared(content), known=known)
 
 
 def refusal(path: str, wrong: Sequence[str], tensors: int, *, known: bool) -> NotItsWeights:

@@ -16,6 +16,7 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint import hf_config, pipeline_layout
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.layouts import pad_vocabulary
+from cpt.checkpoint.unpickle import Dtype
 from cpt.plan.types import ModelConfig
 
 Args = Mapping[str, Any]
@@ -219,7 +220,7 @@ def to_args(
         "transformer_impl": "transformer_engine" if spec == "te" else "local",
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
-        "params_dtype": dtype,
+        "params_dtype": Dtype(dtype),
         "iteration": iteration or 0,
         # Ours: what the arguments above cannot say.
         "hf_model_type": model.family,
@@ -573,9 +574,14 @@ def _compare(model: ModelConfig, said: Mapping[str, _Said], where: str, config: 
         mine, theirs = getattr(model, field.name), said[field.name]
         if not _same(mine, theirs.value):
             problems.append(
-                f"`{theirs.by}` in the arguments of `{where}` gives `{field.name}` {theirs.value}, "
-                f"`{config}` says {mine}"
+                f"`{hf_config.name_of(field.name)}` is {json.dumps(mine)} in `{config}`, and "
+                f"{json.dumps(theirs.value)} by `{theirs.by}` in the arguments of `{where}`"
             )
+    if len(problems) > 3:
+        raise UsageError(
+            f"`{config}` is of another model than `{where}`: {len(problems)} settings differ; {problems[0]}",
+            "`--config` wants the Hugging Face folder of this very model",
+        )
     if problems:
         raise UsageError(problems[0], more=tuple(UsageError(p) for p in problems[1:]))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from cpt.base.errors import UsageError
+from cpt.checkpoint.layouts import wrong_parts
 
 FORMS = "`3,5,4`, `first=3,last=4`, `Ett|ttt|tL`"
 _MOST = 1_000_000  # characters of a layout written out
@@ -31,10 +32,7 @@ def parse(text: str, *, pp: int, vp: int, num_layers: int) -> tuple[int, ...]:
     else:
         raise UsageError(f"`{text}` is not a pipeline layout; accepted forms: {FORMS}")
     if len(counts) != pp * vp or sum(counts) != num_layers:
-        raise UsageError(
-            f"the pipeline layout `{text}` has {len(counts)} parts with {sum(counts)} layers; "
-            f"wanted are pp {pp} · vp {vp} = {pp * vp} parts with {num_layers} layers"
-        )
+        raise wrong_parts(f"the pipeline layout `{text}`", counts, pp, vp, num_layers)
     return counts
 
 

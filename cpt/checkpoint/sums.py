@@ -36,11 +36,13 @@ class Sum:
     """Bytes of a file and the CRC-32 that they should have.
 
     Args:
+        name: of the file inside the checkpoint's folder, for messages.
         size: of the whole file; None where that is not said.
         said_by: who says so, for messages.
     """
 
     file: Path
+    name: str
     start: int
     length: int
     crc32: int
@@ -54,12 +56,11 @@ class Sum:
 
     def why_not_there(self) -> str | None:
         """What is wrong with the file's name and size."""
-        try:
-            size = self.file.stat().st_size
-        except OSError:
-            return f"`{self.file.name}` is missing: `{self.said_by}` lists it"
+        if not self.file.is_file():
+            return f"`{self.name}` is missing: `{self.said_by}` lists it"
+        size = self.file.stat().st_size
         if self.size is not None and size != self.size:
-            return f"`{self.file.name}` has {size:,} bytes instead of {self.size:,}"
+            return f"`{self.name}` has {size:,} bytes instead of {self.size:,}"
         return None
 
 
@@ -102,7 +103,7 @@ class Summing:
 
     def why_wrong(self, watch: Watch = lambda nbytes: None) -> str | None:
         """What is wrong with the bytes; reads those that were not summed yet."""
-        name = f"`{self.of.file.name}`"
+        name = f"`{self.of.name}`"
         try:
             with open(self.of.file, "rb", buffering=0) as file:
                 for start, end in self._missing():
@@ -213,6 +214,22 @@ def open_checked(form: type[Format], folder: Path, reading: Reading) -> Content:
     return with_listed_sums(form.open(folder, reading))
 
 
+def damages(folder: Path, *, values: bool) -> list[str]:
+    """What is wrong with files that a manifest in the folder lists, one line each.
+
+    Args:
+        values: whether every byte is read; else only those of files that hold no values are.
+
+    Raises:
+        UsageError: a manifest is damaged.
+    """
+    sums = file_sums(folder)
+    wrong = list(filter(None, (s.why_not_there() for s in sums)))
+    if not wrong:
+        wrong = list(filter(None, (Summing(s).why_wrong() for s in sums)) if values else small_ones_wrong(sums))
+    return wrong
+
+
 def small_ones_wrong(sums: Sequence[Sum]) -> Iterator[str]:
     """What is wrong with files that hold no values."""
     for s in sums:
@@ -245,7 +262,12 @@ def _whole(folder: Path, name: object, size: object, crc32: object, said_by: str
     if not inside or isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise _NotInFolder(f"`{name}` is not a file of the folder with a size")
     value = crc32 if isinstance(crc32, int) else int(str(crc32), 16)
-    return Sum(folder / str(name), 0, size, value, said_by, size)
+    return Sum(folder / str(name), str(name), 0, size, value, said_by, size)
+
+
+def name_in(folder: Path, file: Path) -> str:
+    """A file's name inside a checkpoint's folder."""
+    return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
 
 
 def stored_sums(content: Content, whole: Container[str]) -> Iterator[Sum]:
@@ -254,4 +276,4 @@ def stored_sums(content: Content, whole: Container[str]) -> Iterator[Sum]:
         file = Path(name)
         if str(file) not in whole:
             for start, length, crc in ranges:
-                yield Sum(file, start, length, crc, content.format)
+                yield Sum(file, name_in(content.path, file), start, length, crc, content.format)

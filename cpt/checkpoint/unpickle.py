@@ -94,13 +94,13 @@ def fields(record: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value with what JSON can say of it: dtypes by name; entries that are of other kinds are left out.
+    """A value with what JSON can say of it: dtypes as their names; entries that are of other kinds are left out.
 
     Raises:
         TypeError: the value itself is of another kind.
     """
     if isinstance(value, str):
-        return str(value)
+        return value if isinstance(value, Dtype) else str(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, dict):

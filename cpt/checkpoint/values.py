@@ -195,7 +195,8 @@ def not_finite(seen: Mapping[str, Seen]) -> list[str]:
     for name, s in seen.items():
         if not s.is_finite:
             counts = [f"{n:,} {what}" for n, what in ((s.nan, "NaN"), (s.infinite, "infinite")) if n]
-            lines.append(f"`{name}` holds {' and '.join(counts)} values, the first at index {s.first:,}")
+            what = f"{' and '.join(counts)} value{'s' * (s.nan + s.infinite > 1)}"
+            lines.append(f"`{name}` holds {what}, the first at index {s.first:,}")
     return lines
 
 

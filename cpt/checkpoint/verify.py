@@ -21,7 +21,7 @@ from cpt.checkpoint import master, store
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.formats import Reading
-from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, small_ones_wrong, stored_sums
+from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, name_in, small_ones_wrong, stored_sums
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 _PAD = " (padding rows)"
@@ -80,7 +80,10 @@ def inspect(
         UsageError: it is no checkpoint of a format that is known.
     """
     from cpt.checkpoint import find
+    from cpt.checkpoint.job import place
 
+    if (begun := place.unfinished(folder)) is not None:
+        return Report(folder=folder, format="unknown", wrong=(f"`{folder}` is {begun}",))
     name = find.recognise(folder)
     if name is None:
         why = find.why_not_whole(folder) if folder.is_dir() else "it is no folder"
@@ -100,7 +103,8 @@ def inspect(
             return replace(report, wrong=(f"`{folder}` is not whole: {why}",))
         content = form.open(folder, reading or Reading())
     except UsageError as error:
-        return replace(report, wrong=(error.message, *(e.message for e in error.more)))
+        lines = (error.message, *(e.message for e in error.more))
+        return replace(report, wrong=tuple(line.replace(f"`{folder}/", "`") for line in lines))
     return _inspect_values(replace(report, done=("structure",)), content, sums, workers, watch)
 
 
@@ -132,9 +136,9 @@ def _inspect_values(report: Report, content: Content, listed: Sequence[Sum], wor
     wrong += not_finite(seen)
     done = [*report.done]
     if sums:
-        done.append(f"{len(sums):,} checksums over {show_bytes(sum(s.length for s in sums))}")
+        done.append(f"{len(sums):,} checksum{'s' * (len(sums) > 1)} over {show_bytes(sum(s.length for s in sums))}")
     if pairs := master.compared(content):
-        done.append(f"main weights against model weights of {pairs:,} tensors")
+        done.append(f"main weights against model weights of {pairs:,} tensor{'s' * (pairs > 1)}")
     if seen:
         done.append(f"values of {len(seen):,} tensors and states")
     return replace(
@@ -167,11 +171,11 @@ def _unseen(content: Content, sums: Sequence[Sum]) -> Iterator[str]:
     for s in sums:
         covered[str(s.file)] = covered.get(str(s.file), 0) + s.length
     held = {p.file for a in content.atoms.values() for x in (*a.states.values(), *a.pad.values()) for p in x.places}
-    bare = sorted(Path(f).name for f in held if f not in covered)
+    bare = sorted(name_in(content.path, Path(f)) for f in held if f not in covered)
     if bare:
         yield (
-            f"{some(bare)} carry no checksums: a changed value that is still a number cannot be found; "
-            f"a folder that `cpt convert-ckpt` wrote has them"
+            f"{some(bare)} {'carries' if len(bare) == 1 else 'carry'} no checksums: "
+            f"a changed value that is still a number cannot be found; a folder that `cpt convert-ckpt` wrote has them"
         )
 
 

@@ -6,7 +6,7 @@ import json as _json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +70,10 @@ def command(
     bucket_size: Annotated[
         str | None,
         typer.Option(
-            "--bucket-size", metavar="VALUES", help="Of the optimizer's flat buffers.", show_default="one bucket"
+            "--bucket-size",
+            metavar="N",
+            help="Values in each of the optimizer's flat buffers, such as `40M`.",
+            show_default="one bucket",
         ),
     ] = None,
     spec: Annotated[
@@ -168,7 +171,7 @@ def command(
         reading=reading,
         writing=writing,
         pipeline_layout=pipeline_layout,
-        step=None if step is None else parse_count(step),
+        step=None if step is None else _parsed("--step", parse_count, step),
     )
     plan = planning.plan(request, note)
     sides = _sides(plan) if logits else None
@@ -232,9 +235,21 @@ def _source(name: str) -> Path:
     """The folder that IN means."""
     from cpt.base.registry import nearest
 
+    if not name:
+        return place(name)  # which refuses it
     try:
-        return place(name)
+        path = place(name)
+        if path.exists() or path.parent.is_dir():
+            return path
+        there = next(p for p in path.parents if p.is_dir())
+        wrong, *rest = path.relative_to(there).parts
+        near = nearest(wrong, [p.name for p in there.iterdir() if p.is_dir()])
+        if near is None:
+            return path
+        raise UsageError(f"there is no folder `{there / wrong}`", f"did you mean `{there.joinpath(near, *rest)}`?")
     except UsageError as error:
+        if Path(name).name != name:
+            raise
         near = nearest(name, [p.name for p in Path().iterdir() if p.is_dir()])
         hints = [f"did you mean `{near}`?"] if near else list(error.hints)
         raise UsageError(f"there is no folder `{name}`, and no run of this name", *hints) from None
@@ -255,8 +270,15 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
+def _parsed(flag: str, parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise UsageError(f"`{flag}`: {error.message}", *error.hints) from None
+
+
 def _size(flag: str, text: str, least: int) -> int:
-    size = parse_bytes(text)
+    size = _parsed(flag, parse_bytes, text)
     if size < least:
         raise UsageError(f"`{flag} {text}` is too small, the least is {show_bytes(least)}")
     return size
@@ -279,7 +301,7 @@ def _layout(
 ) -> Any:
     from cpt.checkpoint.content import Layout
 
-    bucket = None if bucket_size is None else parse_count(bucket_size)
+    bucket = None if bucket_size is None else _parsed("--bucket-size", parse_count, bucket_size)
     if bucket == 0:
         raise UsageError("`--bucket-size 0` holds no value", "leave it out for one bucket")
     return Layout(tp=tp, pp=pp, ep=ep, etp=etp, vp=vp, dp=dp, bucket_numel=bucket)
@@ -301,8 +323,14 @@ def refuse_unused(to: str, writing: Writing, pipeline_layout: str | None) -> Non
         )
     if to in ("hf", "atom") and writing.spec != usual_spec:
         raise UsageError(f"`{to}` knows no layers of Megatron, so `--spec {writing.spec}` means nothing for it")
-    if writing.layout.bucket_numel is not None and writing.optimizer != "dp_reshardable":
-        raise UsageError("`--bucket-size` is for `--optimizer dp_reshardable`: other forms have no buckets")
+    if writing.optimizer != "dp_reshardable":
+        if writing.layout.bucket_numel is not None:
+            raise UsageError("`--bucket-size` is for `--optimizer dp_reshardable`: other forms have no buckets")
+        if writing.layout.dp != usual.dp:
+            raise UsageError(
+                "`--dp` is for `--optimizer dp_reshardable`: other forms are the same for all data ranks",
+                "leave `--dp` out: what is written loads with any number of data ranks",
+            )
     if to == "hf" and writing.optimizer not in (None, "none"):
         raise UsageError("`hf` holds no optimizer state", "`--to atom`, `torch_dist` or `megatron` keep it")
     if to == "atom" and writing.optimizer not in (None, "none"):
@@ -328,6 +356,8 @@ def show_plan(plan: Plan, json: bool, first: Sequence[tuple[str, str]] = ()) -> 
 
     where.check_names(plan)
     there = where.done_already(plan)
+    if not there:
+        where.check_writable(plan.request.out)
     content, output, to = plan.content, plan.output, plan.request.to
     if json:
         result_json(
@@ -360,17 +390,19 @@ def show_plan(plan: Plan, json: bool, first: Sequence[tuple[str, str]] = ()) -> 
     state = f"Adam, {content.optimizer.step:,} updates" if content.optimizer else "none, weights only"
     origin = [plan.found.format, *([f"step {content.iteration:,}"] if content.iteration is not None else [])]
     origin += [str(content.layout)] if content.layout else []
+    copied = f", {len(output.copies):,} copied" if output.copies else ""
     lines = [
         *(first or [("from", f"{plan.found.folder}, {', '.join(origin)}")]),
         ("model", f"{model.family}, {show_count(model.num_parameters)} parameters, {len(content.atoms):,} tensors"),
         ("optimizer", state),
         ("to", f"{plan.request.out / output.step_folder}, {plan.request.to}{_options(plan)}"),
-        ("files", f"{len(output.files):,} and {len(output.copies):,} copied, {show_bytes(plan.nbytes)}"),
+        ("files", f"{len(output.files):,} of tensors{copied}, {show_bytes(plan.nbytes)}; small ones are added"),
         *(("", f"{f.name} {show_bytes(f.nbytes)}") for f in output.files[:_MOST]),
         *([("", f"and {len(output.files) - _MOST:,} more")] if len(output.files) > _MOST else []),
         *([("weights", weights)] if (weights := weights_from(plan)) else []),
         *_listed("dropped", dropped(plan)),
         *_listed("advice", advice(plan)),
+        ("checked", "names, shapes and sizes; values are read by the conversion itself"),
         (
             "conversion" if FORMATS.get(to).has_id else "id",
             plan.id[:12] + (", there already: nothing to do" if there else ""),
@@ -402,11 +434,12 @@ def report_text(plan: Plan, report: Report, worst: float | None = None, first: S
     for kind, what in (("zero", "all values are zero"), ("constant", "all values are equal")):
         names = [f.tensor for f in report.findings if f.kind == kind]
         if names:
-            warning(f"{what} in {len(names):,} tensor{'s' * (len(names) > 1)}: {some(names, _MOST)}")
+            note(f"{what} in {len(names):,} tensor{'s' * (len(names) > 1)}: {some(names, _MOST)}")
     for f in [f for f in report.findings if f.kind == "subnormal"][:_MOST]:
-        warning(f"{f.count:,} values of `{f.tensor}` are too small for full precision (subnormal)")
+        note(f"{f.count:,} values of `{f.tensor}` are too small for full precision (subnormal)")
     for f in [f for f in report.findings if f.kind == "nonfinite"]:
-        warning(f"`{f.tensor}`: {f.count:,} values are NaN or infinite, the first at {list(f.first)}")
+        what = "value is" if f.count == 1 else "values are"
+        warning(f"`{f.tensor}`: {f.count:,} {what} NaN or infinite, the first at {list(f.first)}")
     earlier = report.bytes - report.written
     went_on = f"; {show_bytes(earlier)} were finished before" if earlier > 0 else ""
     lines = [
@@ -441,7 +474,7 @@ def _seconds(seconds: float) -> str:
 def _checked(report: Report) -> str:
     done = ["structure", "values"]
     done += ["main weights against model weights"] if report.compared else []
-    done += [f"{report.checksums:,} checksums of the source"] if report.checksums else []
+    done += [f"{report.checksums:,} checksum{'s' * (report.checksums > 1)} of the source"] if report.checksums else []
     done += ["everything read again"] if report.reread else []
     return ", ".join(done)
 

@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, GuardStop, StoppedAndSaved, UsageError
 from cpt.base.files import closed_at
@@ -118,9 +118,26 @@ def _flag_error(error: Exception) -> UsageError:
             from cpt.report.runs import hints as runs_there
 
             hints += runs_there("", Path("runs"))
+    elif found := getattr(error.__context__, "errors", None):  # of pydantic, which reads the flag's number
+        message = _wrong_number(getattr(error, "param", None), found()[0])
     elif message:
         message = message[0].lower() + message[1:].replace("'", "`")
     return UsageError(message, *hints, f"`{path} --help` explains the command")
+
+
+def _wrong_number(param: Any, found: Mapping[str, Any]) -> str:
+    """What is wrong with a flag's number.
+
+    Args:
+        found: of pydantic: the kind of error, what was given, and the bounds.
+    """
+    given = f"`{param.opts[0]} {found['input']}`"
+    bounds = found.get("ctx", {})
+    if found["type"] == "greater_than_equal":
+        return f"{given} is too small, the least is {bounds['ge']}"
+    if found["type"] == "less_than_equal":
+        return f"{given} is too large, the most is {bounds['le']}"
+    return f"{given}: wanted is a {'whole ' * found['type'].startswith('int')}number"
 
 
 def blocks(error: CptError) -> Iterator[CptError]:

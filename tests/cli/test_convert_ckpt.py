@@ -126,7 +126,7 @@ def test_the_report_for_people_and_the_same_command_again(small: Path, tmp_path:
     assert content(tmp_path / "out") == made
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == times
     other = cpt(small, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
-    refused(other, "holds another conversion", "`dtype` is `not given` there, `float16` here")
+    refused(other, "holds another conversion", "`--dtype` is not given there, `float16` here")
     assert content(tmp_path / "out") == made
 
 
@@ -182,7 +182,8 @@ def test_events_as_json(big: Path, tmp_path: Path) -> None:
         (["in", "out", "--to", "hf", "--spec", "te"], "`--spec te` means nothing"),
         (["in", "out", "--to", "atom", "--spec", "cpt"], "`--spec cpt` means nothing"),
         (["in", "out", "--to", "torch_dist", "--etp", "2"], "the model has no experts"),
-        (["in", "out", "--to", "torch_dist", "--dp", "2"], "no optimizer state is written"),
+        (["in", "out", "--to", "torch_dist", "--dp", "2"], "`--dp` is for `--optimizer dp_reshardable`"),
+        (["in", "out", "--to", "megatron", "--dp", "2"], "`--dp` is for `--optimizer dp_reshardable`"),
         (["in", "out", "--to", "torch_dist", "--bucket-size", "1k"], "is for `--optimizer dp_reshardable`"),
         (["in", "out", "--to", "hf", "--untie"], "nothing to untie"),
         (["in", "out", "--to", "hf", "--config", "gpt2"], "is of a `gpt2` model, and `in/config.json` of a `llama`"),
@@ -190,7 +191,13 @@ def test_events_as_json(big: Path, tmp_path: Path) -> None:
         (["in", "out", "--to", "hf", "--from-master"], "has no fp32 main weights"),
         (["in", "out", "--to", "hf", "--block", "1kB"], "is too small"),
         (["in", "out", "--to", "hf", "--block", "much"], "is not an amount of bytes"),
-        (["in", "out", "--to", "hf", "--tp", "0"], "greater than or equal to 1"),
+        (["in", "out", "--to", "hf", "--tp", "0"], "`--tp 0` is too small, the least is 1"),
+        (["in", "out", "--to", "hf", "--tp", "two"], "`--tp two`: wanted is a whole number"),
+        (["in", "out", "--to", "hf", "--step", "seven"], "`--step`: `seven` is not a count"),
+        (["in", "out", "--to", "hf", "--block", "1q"], "`--block`: `1q` is not an amount of bytes"),
+        (["in", "out", "--to", "hf", "--file-size", "-5"], "`--file-size`: `-5` is not an amount of bytes"),
+        (["", "out", "--to", "hf"], "the path of a checkpoint is empty"),
+        (["../heer/in", "out", "--to", "hf"], "did you mean `../here/in`?"),
         (["in", "out", "--to", "hf", "--tpp", "2"], "unknown flag `--tpp`"),
         (["in", "out"], "`--to` is missing"),
         (["ther", "out", "--to", "hf"], "did you mean `there`?"),

@@ -41,6 +41,7 @@ from cpt.checkpoint.unpickle import TensorRecord
 from cpt.plan.types import ModelConfig
 
 _CHUNK = re.compile(r"model\d*")
+_SWAPPED = "files of ranks have changed places: take another copy of the checkpoint"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _RANDOM = ("rng_state", "rerun_state_machine", "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state")
 
@@ -107,12 +108,15 @@ class _Reader:
             for rank in layouts.ranks(layout)
         ]
         self._check_same(ranks)
+        self._check_order(ranks)
         where = f"{first}/{FILE}"
         model = megatron_args.to_model(self.args, where, self.reading.config, vocab_size=self.reading.vocab_size)
         layout = self._with_layers(layout, ranks, model, where)
         padded = self._padded(model, layout, first, where)
         layouts.check(model, layout, padded)
         params = [self._params(rank, model, layout, padded) for rank in ranks]
+        self._refuse_equal(ranks, params, layout)
+        self._check_padding(ranks, params, layout, padded - model.vocab_size)
         for rank, of_rank in zip(ranks, params, strict=True):
             for param in of_rank:
                 what = f"`{param.held.name}`"
@@ -366,6 +370,65 @@ class _Reader:
                     )
         order = [{name: i for i, name in enumerate(chunk)} for chunk in rank.chunks]
         return sorted(params, key=lambda p: (p.held.chunk, order[p.held.chunk][p.held.name]))
+
+    def _refuse_equal(self, ranks: Sequence[Rank], params: Sequence[Sequence[Param]], layout: Layout) -> None:
+        """Refuse ranks that are equal in all of which each has a part of its own: one file was copied over another.
+
+        The checksums in the files say which may be equal; only the values of those are compared.
+        """
+        seen: dict[tuple[tuple[str, int, int | None], ...], tuple[Rank, list[memoryview]]] = {}
+        for rank, of_rank in zip(ranks, params, strict=True):
+            own = [p for p in of_rank if not p.held.copied and (layout.ep == 1 or p.held.is_expert)]
+            crcs = {start: crc for start, _, crc in self.opener.crc32[rank.file]}
+            data, values, key = memoryview(self.files.map(rank.file)), [], []
+            for p in own:
+                start = rank.opened.start(p.record, f"`{p.held.name}`")
+                values.append(data[start : start + p.held.tensor.numel * arrays.itemsize(p.dtype)])
+                key.append((p.held.name, len(values[-1]), crcs.get(start)))
+            first, theirs = seen.setdefault(tuple(key), (rank, values))
+            if first is not rank and key and all(a == b for a, b in zip(theirs, values, strict=True)):
+                raise UsageError(
+                    f"`{self.folder}`: `{first}` and `{rank}` hold the same values in all {len(own):,} tensors of "
+                    "which each rank has a part of its own: the file of one was copied over the other's",
+                    "take another copy of the checkpoint, or an earlier step",
+                )
+
+    def _check_order(self, ranks: Sequence[Rank]) -> None:
+        """Refuse files that changed places, by the number of the rank that saved each, where they say one: it grows
+        with each of a rank's coordinates."""
+        there: dict[tuple[int, ...], Rank] = {(r.tp, r.pp, r.ep): r for r in ranks}
+        said = {at: arguments(r.opened.archive.value).get("rank") for at, r in there.items()}
+        for at, rank in there.items():
+            for axis in range(3):
+                before = tuple(n - (i == axis) for i, n in enumerate(at))
+                low, high = said.get(before), said[at]
+                if isinstance(low, int) and isinstance(high, int) and low > high:
+                    raise UsageError(
+                        f"`{self.folder}`: `{there[before]}` was saved by rank {low} (`rank` in its arguments) and "
+                        f"`{rank}` by rank {high}, which comes before it",
+                        _SWAPPED,
+                    )
+
+    def _check_padding(
+        self, ranks: Sequence[Rank], params: Sequence[Sequence[Param]], layout: Layout, pad_rows: int
+    ) -> None:
+        """Refuse files that changed places, by padding rows of the vocabulary that were never trained."""
+        there = {(r.tp, r.pp, r.ep): r for r in ranks}
+        blank: dict[int, bool] = {}  # of each tensor rank, whether its last rows are zero
+        for rank, of_rank in zip(ranks, params, strict=True):
+            for p in of_rank if rank.pp == rank.ep == 0 else ():
+                rows, columns = p.held.tensor.matrix
+                if p.held.name == EMBEDDING and 1 < pad_rows < rows:
+                    size = pad_rows * columns * arrays.itemsize(p.dtype)
+                    end = rank.opened.start(p.record, f"`{EMBEDDING}`") + p.held.tensor.numel * arrays.itemsize(p.dtype)
+                    blank[rank.tp] = not any(self.files.map(rank.file)[end - size : end])
+        if any(blank.values()) and not blank[layout.tp - 1]:
+            other = there[next(tp for tp, is_blank in blank.items() if is_blank), 0, 0]
+            raise UsageError(
+                f"`{self.folder}`: `{other}` ends with {pad_rows} rows of zeros in `{EMBEDDING}`, as padding rows are, "
+                f"and `{there[layout.tp - 1, 0, 0]}`, which has the padding rows, does not",
+                _SWAPPED,
+            )
 
     def _atoms(self, model: ModelConfig, padded: int, optimizer: bool) -> dict[str, Atom]:
         """Every logical tensor, each state whole.

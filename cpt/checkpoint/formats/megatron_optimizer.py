@@ -193,7 +193,12 @@ class OptimizerReader:
                 what = f"`{path}`, buffer {number}"
                 flats = _flats(opened, entry[number], buffer, what)
                 self._note_gradients(entry[number])
-                for slot in buckets.search(buffer, flats, self.weights, self.folder.files, what):
+                try:
+                    slots = buckets.search(buffer, flats, self.weights, self.folder.files, what)
+                except UsageError:
+                    self.folder.refuse_damaged(rank.file, opened.file)
+                    raise
+                for slot in slots:
                     for state, flat in flats.items():
                         placed = [(a, p, q) for _, a, p, q in buckets.places([slot], 0, flat)]
                         self.parts.add(str(rank), slot.held, rank.tp, state, flat.dtype, placed)

@@ -126,7 +126,7 @@ class _Writer:
             vocabulary_multiple=multiple,
         )
         made |= {"ckpt_format": "torch", "use_distributed_optimizer": self.form == "dp_reshardable"}
-        made |= {"world_size": layout.tp * layout.pp * layout.dp, "rank": 0}
+        made |= {"world_size": layout.tp * layout.pp * layout.dp}
         made |= {name: None for name in _RANKS if name in given}
         made |= {name: value for name, value in self.content.common.items() if name in _SAMPLES}
         return Namespace(**given | made)
@@ -167,7 +167,7 @@ class _Writer:
         folder = rank_folder(self.layout, tp, pp, ep)
         storages: list[Payload | bytes] = []
         value: dict[str, Any] = {
-            "args": self.args,
+            "args": Namespace(**vars(self.args) | {"rank": self._number(tp, pp, ep)}),
             "checkpoint_version": VERSION,
             "iteration": self.content.iteration or 0,
         }
@@ -189,6 +189,10 @@ class _Writer:
                 for i, own in self._optimizers(held)
             ]
             yield OutFile(f"{folder}/{DISTRIBUTED}", torch_zip.parts(self._joined(states), flat))
+
+    def _number(self, tp: int, pp: int, ep: int) -> int:
+        """Of a rank among all, in Megatron's usual order: tensor ranks first, pipeline ranks last."""
+        return tp + self.layout.tp * (ep + max(self.layout.dp, self.layout.ep) * pp)
 
     def _module(self, held: Sequence[Held], is_last: bool, storages: list[Payload | bytes]) -> OrderedDict[str, Any]:
         """The state of a chunk's module."""
@@ -292,5 +296,3 @@ class _Writer:
         others = [f"`{name}`" for name in self.content.files if name != "config.json"]
         if others:
             yield f"{', '.join(others)}: `megatron` has no place for files of a tokenizer"
-        if self.form != "none":
-            yield "random states (`rng_state`): a run that goes on from here needs `--no-load-rng`"

@@ -9,7 +9,7 @@ from cpt.checkpoint import unpickle
 
 
 def arguments(value: Any) -> dict[str, Any] | None:
-    """Megatron's arguments, plain ones only; dtypes by name."""
+    """Megatron's arguments, plain ones only; dtypes as their names."""
     if not isinstance(value, unpickle.Inert):
         return None
     made = {}
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return str(value)
+        return value if isinstance(value, unpickle.Dtype) else str(value)
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, dict):

@@ -22,7 +22,17 @@ from cpt.checkpoint.job.journal import Entry, Journal, open_journal
 from cpt.checkpoint.job.look import Facts, findings
 from cpt.checkpoint.job.marks import Marks
 from cpt.checkpoint.job.planning import Plan, Running, state_of_files
-from cpt.checkpoint.job.record import OWN, Report, dropped, own_manifest, record, state_id, weights_from, with_record
+from cpt.checkpoint.job.record import (
+    OWN,
+    Report,
+    done_report,
+    dropped,
+    own_manifest,
+    record,
+    state_id,
+    weights_from,
+    with_record,
+)
 from cpt.checkpoint.job.work import CHECK, REREAD, WRITE, Task, Worker, crc32_from_disk, not_as_written
 from cpt.checkpoint.writing import FileSums
 
@@ -46,7 +56,7 @@ def convert(
     Args:
         event: called with `progress` (phase, done, total [bytes], tensor), `file` (name, size, files done and in all),
             `resumed` (files finished and begun, of, bytes), `taken_over` (who).
-        command: for people who find the lock.
+        command: for people who find the lock, or what it left unfinished.
 
     Raises:
         UsageError: OUT is something else; the source is damaged, holds NaN, or its optimizer is not its model's.
@@ -56,9 +66,9 @@ def convert(
     begin = time.monotonic()
     out = plan.request.out
     place.check_names(plan)
-    if place.done_already(plan):
+    if place.done_already(plan, verify=running.verify):
         _tidy(out, plan)
-        return Report(id=plan.id, out=out, folder=out / plan.output.step_folder, state=state_id(plan), done_before=True)
+        return done_report(plan)
     folder = place.partial(out)
     if not folder.exists():
         place.check_space(plan, 0)
@@ -66,10 +76,8 @@ def convert(
     try:
         if place.done_already(plan):  # another process has finished it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
-            return Report(
-                id=plan.id, out=out, folder=out / plan.output.step_folder, state=state_id(plan), done_before=True
-            )
-        return _Job(plan, running, event, held, begin).work()
+            return done_report(plan)
+        return _Job(plan, running, event, held, begin, command).work()
     except OSError as error:
         raise place.closed(out, error) from error
     finally:
@@ -94,7 +102,8 @@ def _take(folder: Path, out: Path, command: str, event: Event) -> lock.Lock:
 class _Job:
     """One run of a conversion, with the lock held."""
 
-    def __init__(self, plan: Plan, running: Running, event: Event, held: lock.Lock, begin: float) -> None:
+    def __init__(self, plan: Plan, running: Running, event: Event, held: lock.Lock, begin: float, command: str) -> None:
+        self.command = command
         self.plan, self.running, self.event, self.held, self.begin = plan, running, event, held, begin
         self.out, self.partial = plan.request.out, place.partial(plan.request.out)
         self.folder = self.partial / plan.output.step_folder
@@ -111,7 +120,7 @@ class _Job:
         self.kept: dict[int, int] = {}  # of files that an earlier run began, by number [bytes]
 
     def work(self) -> Report:
-        self.journal = open_journal(self.partial, self.plan)
+        self.journal = open_journal(self.partial, self.plan, self.command)
         try:
             with crew.signals(self.stop):
                 self._resume()
@@ -229,7 +238,11 @@ class _Job:
         if self.running.allow_nonfinite or not self.facts.nonfinite:
             return
         found = [f for f in findings(self.facts, self.plan.content) if f.kind == "nonfinite"]
-        texts = [f"`{f.tensor}`: {f.count:,} values are NaN or infinite, the first at {list(f.first)}" for f in found]
+        texts = [
+            f"`{f.tensor}`: {f.count:,} {'value is' if f.count == 1 else 'values are'} NaN or infinite, "
+            f"the first at {list(f.first)}"
+            for f in found
+        ]
         finished, of = len(self.journal.files), len(self.plan.output.files)
         rest = [] if finished == of else [f"{of - finished:,} of {of:,} files were not looked at yet"]
         raise NotFinite(

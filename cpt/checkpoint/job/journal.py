@@ -59,8 +59,11 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def open_journal(folder: Path, plan: Plan) -> Journal:
+def open_journal(folder: Path, plan: Plan, command: str = "") -> Journal:
     """The journal of `OUT.partial`, begun if there is none. What is said to be finished is believed by its size.
+
+    Args:
+        command: that goes on, noted for people.
 
     Raises:
         UsageError: the folder holds another conversion, or none.
@@ -71,6 +74,7 @@ def open_journal(folder: Path, plan: Plan) -> Journal:
         "to": plan.request.to,
         "source": {"format": plan.found.format, "path": str(plan.found.folder), "identity": plan.identity},
         "options": plan.options,
+        "command": command,
     }
     if not path.exists():
         strange = sorted(

@@ -13,12 +13,24 @@ from cpt.base.files import read_json, read_lines
 from cpt.base.units import show_bytes
 from cpt.checkpoint.find import PARTIAL
 from cpt.checkpoint.job.planning import Plan
+from cpt.checkpoint.sums import damages
 
 JOURNAL = "journal.jsonl"  # of `OUT.partial`
 MARKS = ".marks"  # of `OUT.partial`
 KEY = "conversion"  # of the manifest
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+# Options that a person gives under another name.
+_FLAGS = {
+    "layers": "--pipeline-layout",
+    "bucket_numel": "--bucket-size",
+    "file_bytes": "--file-size",
+    "first_replica": "--replicas first",
+    "keep_padding": "--pad keep",
+    "vocabulary_multiple": "padding of the vocabulary",
+}
 
 
 def partial(out: Path) -> Path:
@@ -63,11 +75,41 @@ def existing_parent(path: Path) -> Path:
     return Path("/")
 
 
-def done_already(plan: Plan) -> bool:
-    """Whether OUT holds this very conversion.
+def check_writable(out: Path) -> None:
+    """Whether the folder that OUT is to lie in can be written, as far as permissions say it.
 
     Raises:
-        UsageError: OUT is there and holds something else.
+        EnvironmentProblem: it cannot.
+    """
+    if not os.access(existing_parent(out), os.W_OK | os.X_OK):
+        raise closed(out, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def unfinished(folder: Path) -> str | None:
+    """What a folder of an unfinished conversion is, in one phrase; None for any other folder.
+
+    Args:
+        folder: OUT, whose `OUT.partial` is looked at while OUT is not there, or that folder itself.
+    """
+    begun = folder if folder.name.endswith(PARTIAL) else partial(folder)
+    if not (begun / JOURNAL).is_file() or (begun != folder and os.path.lexists(folder)):
+        return None
+    head = next(read_lines(begun / JOURNAL), None)
+    source = head.get("source") if isinstance(head, dict) else None
+    of = f" of `{source['path']}`" if isinstance(source, dict) and "path" in source else ""
+    command = head.get("command") if isinstance(head, dict) else None
+    goes_on = f"`{command}`" if str(command).startswith("cpt ") else "the command that began it"
+    return f"an unfinished conversion{of}: {goes_on} goes on with it"
+
+
+def done_already(plan: Plan, *, verify: bool = False) -> bool:
+    """Whether OUT holds this very conversion.
+
+    Args:
+        verify: every byte of it is read; else sizes, and the bytes of small files.
+
+    Raises:
+        UsageError: OUT is there and holds something else, or is damaged.
     """
     out = plan.request.out
     if not os.path.lexists(out):
@@ -82,6 +124,13 @@ def done_already(plan: Plan) -> bool:
             f"`{out}` holds another conversion (id {str(record.get('id'))[:12]}, this one would be {plan.id[:12]})",
             *differences(record, plan),
             "name another folder, or remove it first",
+        )
+    folder = out / plan.output.step_folder
+    if wrong := damages(folder, values=verify):
+        raise UsageError(
+            f"`{folder}` holds this conversion, and it is damaged: {wrong[0]}",
+            *([f"and {len(wrong) - 1:,} more files"] if len(wrong) > 1 else []),
+            f"remove `{out}`, and the same command makes it anew",
         )
     return True
 
@@ -114,14 +163,20 @@ def differences(before: dict[str, Any], plan: Plan) -> list[str]:
     options = before.get("options")
     old = options if isinstance(options, dict) else {}
     for name in sorted({*old, *plan.options}):
-        if old.get(name) != plan.options.get(name):
-            found.append(
-                f"`{name}` is `{old.get(name, 'not given')}` there, `{plan.options.get(name, 'not given')}` here"
-            )
+        there, here = (_shown(given.get(name)) for given in (old, plan.options))
+        if there != here:
+            found.append(f"`{_FLAGS.get(name, '--' + name.replace('_', '-'))}` is {there} there, {here} here")
     source = before.get("source")
     if isinstance(source, dict) and source.get("identity") != plan.identity:
         found.append("that one is from other files, or they have changed since")
     return found
+
+
+def _shown(value: Any) -> str:
+    """An option's value as a person gives it."""
+    if value is None:
+        return "not given"
+    return f"`{','.join(map(str, value))}`" if isinstance(value, list | tuple) else f"`{value}`".replace("True", "on")
 
 
 def check_space(plan: Plan, done: int) -> None:

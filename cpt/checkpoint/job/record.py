@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ import numpy as np
 from cpt import __version__
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL
 from cpt.checkpoint.formats import FORMATS
+from cpt.checkpoint.formats.hf import BIN
 from cpt.checkpoint.job.look import Facts, Finding, findings
 from cpt.checkpoint.job.place import KEY
 from cpt.checkpoint.job.planning import VERSION, Plan
+from cpt.checkpoint.safetensors_files import INDEX
+from cpt.checkpoint.sums import file_sums
 from cpt.checkpoint.writing import FileSums
 
 FORMAT = "cpt-conversion"
@@ -97,11 +100,54 @@ class Report:
         }
 
 
+def done_report(plan: Plan) -> Report:
+    """What is said of a conversion that was done before: what it made, and nothing of the work."""
+    folder = plan.request.out / plan.output.step_folder
+    sums = file_sums(folder)
+    return Report(
+        id=plan.id,
+        out=plan.request.out,
+        folder=folder,
+        state=state_id(plan),
+        done_before=True,
+        files=1 + len(sums),
+        bytes=(folder / plan.output.manifest).stat().st_size + sum(s.length for s in sums),
+        tensors=len(plan.content.atoms),
+        weights=weights_from(plan),
+        dropped=dropped(plan),
+    )
+
+
 def dropped(plan: Plan) -> tuple[str, ...]:
     """What of the source is not in the folder, each once."""
     asked = plan.request.writing.optimizer == "none"
     left = (f"{text}, as asked" if asked and text == LEFT_OPTIMIZER else text for text in plan.content.left_out)
-    return tuple(dict.fromkeys((*left, *plan.output.dropped)))
+    return tuple(dict.fromkeys((*left, *plan.output.dropped, *_beside_tensors(plan), *_other_files(plan))))
+
+
+def _beside_tensors(plan: Plan) -> Iterator[str]:
+    """What a source says of its training, which a Hugging Face folder cannot."""
+    content = plan.content
+    if plan.request.to != "hf":
+        return
+    said = ["Megatron's arguments"] if content.args is not None else []
+    said += [f"step {content.iteration:,}"] if content.iteration is not None else []
+    said += [f"`{name}`" for name in content.common]
+    if said:
+        yield f"{', '.join(said)}: a Hugging Face folder has no place for {'it' if len(said) == 1 else 'them'}"
+
+
+def _other_files(plan: Plan) -> Iterator[str]:
+    """What lies in a Hugging Face folder and is neither the model's nor the tokenizer's."""
+    content, folder = plan.content, plan.found.folder
+    if plan.found.format != "hf":
+        return
+    arrays = [a for atom in content.atoms.values() for a in atom.states.values()]
+    known = {Path(p.file).name for a in arrays for p in a.places} | {p.name for p in content.files.values()}
+    known |= {"config.json", OWN, INDEX, f"{BIN}.index.json", ".cache", ".git"}
+    others = [f"`{p.name}{'/' * p.is_dir()}`" for p in sorted(folder.iterdir()) if p.name not in known]
+    if others:
+        yield f"{', '.join(others)}: not of the model or its tokenizer"
 
 
 def state_id(plan: Plan) -> str | None:
@@ -117,6 +163,8 @@ def advice(plan: Plan) -> tuple[str, ...]:
     """What a person must know to load the folder."""
     layout, layers = plan.request.writing.layout, plan.content.model.num_layers
     parts = layout.pp * layout.vp
+    if plan.request.to == "megatron" and plan.content.has_optimizer:
+        return ("no random states (`rng_state`) are in it: a run that goes on from here needs `--no-load-rng`",)
     if plan.request.to != "torch_dist" or layout.layers is not None or layers % parts == 0:
         return ()
     return (f"{layers} layers do not divide into {parts} parts: Megatron needs a pipeline layout to load it so",)

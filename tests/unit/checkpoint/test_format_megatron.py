@@ -301,7 +301,7 @@ def test_everything_beside_the_tensors_is_kept(tmp_path: Path) -> None:
     writing = Writing(layout=Layout(pp=3))
     plan = find.writable()["megatron"].plan(source, writing)
     assert plan.step_folder == "iter_0000007"
-    assert [line for line in plan.dropped if "tokenizer.json" in line] and "rng_state" in plan.dropped[-1]
+    assert "tokenizer.json" in plan.dropped[-1] and not any("rng_state" in line for line in plan.dropped)
     back = opened(write(source, "megatron", tmp_path / "out", writing))
     assert dict(back.common) == dict(source.common)
     assert dict(back.objects) == dict(source.objects)
@@ -542,3 +542,77 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
         megatron.plan(source, Writing(layout=Layout(tp=2, etp=1, ep=2)))
     with pytest.raises(UsageError, match="no layer spec `mamba`"):
         megatron.plan(source, Writing(spec="mamba"))
+
+
+def tp2pp2(tmp_path: Path) -> Path:
+    """A folder that Megatron itself wrote."""
+    made = tmp_path / "iter_0000007"
+    shutil.copytree(shared_data("ckpt", "mcore-goldens") / "legacy_tp2pp2" / "iter_0000007", made)
+    for path in (made, *made.rglob("*")):
+        path.chmod(0o755)
+    return made
+
+
+@pytest.mark.parametrize("stage", ["000", "001"])
+def test_a_rank_file_copied_over_another_is_refused(stage: str, tmp_path: Path) -> None:
+    made = tp2pp2(tmp_path)
+    shutil.copy(made / f"mp_rank_00_{stage}" / "model_optim_rng.pt", made / f"mp_rank_01_{stage}")
+    refused(made, f"`mp_rank_00_{stage}` and `mp_rank_01_{stage}` hold the same values in all", "was copied over")
+
+
+def test_expert_ranks_copied_over_one_another_are_refused_and_their_shared_parts_are_not(tmp_path: Path) -> None:
+    made = write(
+        content(tmp_path / "made", MOE, optimizer=False), "megatron", tmp_path / "out", Writing(layout=Layout(ep=2))
+    )
+    opened(made)
+    shutil.copy(made / "mp_rank_00_000" / "model_optim_rng.pt", made / "mp_rank_00_001")
+    refused(made, "`mp_rank_00_000` and `mp_rank_00_001` hold the same values")
+
+
+def swap(made: Path, a: str, b: str) -> None:
+    (made / a).rename(made / "away")
+    (made / b).rename(made / a)
+    (made / "away").rename(made / b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "numbers"),
+    [("mp_rank_00_000", "mp_rank_01_000", "1 0"), ("mp_rank_01_001", "mp_rank_01_002", "4 3")],
+)
+def test_rank_files_that_changed_places_are_told_by_the_rank_that_saved_them(
+    a: str, b: str, numbers: str, tmp_path: Path
+) -> None:
+    made = write(
+        content(tmp_path / "made", LLAMA, padded=96, optimizer=False), "megatron", tmp_path / "out",
+        Writing(layout=Layout(tp=2, pp=3)),
+    )  # fmt: skip
+    opened(made)
+    swap(made, a, b)
+    low, high = numbers.split()
+    refused(made, f"was saved by rank {low} ", f"by rank {high}, which comes before it", "have changed places")
+
+
+def test_rank_files_that_changed_places_are_told_by_padding_rows_that_were_never_trained(tmp_path: Path) -> None:
+    made = tp2pp2(tmp_path)
+    swap(made, "mp_rank_00_000", "mp_rank_01_000")
+    refused(made, "`mp_rank_00_000` ends with 6 rows of zeros in `embedding.word_embeddings.weight`", "changed places")
+
+
+def test_a_damaged_file_is_named_before_buckets_are_guessed(flat: Path) -> None:
+    file = flat / "mp_rank_00" / "model_optim_rng.pt"
+    start, *_ = opened(flat).crc32[os.fspath(file)][3]
+    data = bytearray(file.read_bytes())
+    data[start + 1] ^= 8
+    file.write_bytes(data)
+    refused(flat, f"`{file}` is damaged: bytes {start:,} to", "another copy")
+
+
+@pytest.mark.parametrize("name", ["torch_dist", "megatron"])
+def test_the_arguments_keep_dtypes_as_dtypes(name: str, tmp_path: Path) -> None:
+    goldens = shared_data("ckpt", "mcore-goldens")
+    source = opened(goldens / "legacy_tp2pp2" / "iter_0000007")
+    through = find.known()["atom"].open(write(source, "atom", tmp_path / "atom"), Reading())
+    made = write(through, name, tmp_path / "out")
+    file = made / ("common.pt" if name == "torch_dist" else "mp_rank_00/model_optim_rng.pt")
+    args = torch.load(file, weights_only=False)["args"]
+    assert args.params_dtype is torch.bfloat16

@@ -124,7 +124,19 @@ def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], mes
 def test_an_unknown_family_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"unknown `model_type` `qwen4` in `config.json`") as error:
         parse(LLAMA | {"model_type": "qwen4"})
-    assert "qwen" in error.value.hints[0]
+    assert "qwen" in error.value.hints[0] and len(error.value.hints) == 1
+    with pytest.raises(UsageError, match=r"`config.json` names no `model_type`"):
+        parse({k: v for k, v in LLAMA.items() if k != "model_type"})
+
+
+def test_what_is_missing_or_too_large_is_said_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"`config.json` has no `hidden_size`"):
+        parse({k: v for k, v in LLAMA.items() if k != "hidden_size"})
+    with pytest.raises(UsageError, match=r"^`config.json`: 1,000,000,000 layers are more than any model has"):
+        parse(LLAMA | {"num_hidden_layers": 10**9})
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf{}")
+    with pytest.raises(UsageError, match=r"begins with a byte order mark"):
+        read_config(tmp_path)
 
 
 def test_gpt2s_own_names_and_defaults_are_read() -> None:

@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.base import lock
-from cpt.base.errors import StageFailed, StoppedAndSaved, UsageError
+from cpt.base.errors import EnvironmentProblem, StageFailed, StoppedAndSaved, UsageError
+from cpt.checkpoint import find, verify
+from cpt.checkpoint.content import Layout
 from cpt.checkpoint.formats import Writing
-from cpt.checkpoint.job import crew
+from cpt.checkpoint.job import crew, place
 from cpt.checkpoint.job.convert import convert
 from cpt.checkpoint.job.crew import Stop, Stopped, Told, share_out
 from cpt.checkpoint.job.journal import open_journal
 from cpt.checkpoint.job.planning import Plan, Request, Running, plan
-from cpt.checkpoint.job.record import dropped, with_record
+from cpt.checkpoint.job.record import advice, dropped, with_record
 from cpt.checkpoint.job.work import CHECK, WRITE, Task
 from tests import made_checkpoints
 from tests.checkpoints import PLAIN, write_hf
@@ -186,3 +188,81 @@ def test_the_id_is_of_all_that_bytes_depend_on_and_nothing_else(tmp_path: Path) 
     assert len(others) == 3 and same not in others
     os.utime(tmp_path / "in" / "config.json", ns=(5, 5))
     assert plan(base).id != same
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("to", ["hf", "atom", "torch_dist", "megatron"])
+def test_a_finished_conversion_that_was_damaged_is_not_done_already(to: str, tmp_path: Path) -> None:
+    write_hf(tmp_path / "in", PLAIN)
+    planned = plan(Request(source=tmp_path / "in", out=tmp_path / "out", to=to))
+    first = convert(planned)
+    again = convert(planned, Running(verify=True))
+    assert again.done_before
+    for fact in ("id", "state", "files", "bytes", "tensors", "dropped", "weights"):
+        assert getattr(again, fact) == getattr(first, fact), fact
+    file = first.folder / planned.output.files[0].name
+    good = file.read_bytes()
+    damage(file)
+    assert convert(planned).done_before, "bytes of large files are read when they are to be verified"
+    with pytest.raises(UsageError, match=f"is damaged: `{planned.output.files[0].name}` has other bytes") as error:
+        convert(planned, Running(verify=True))
+    assert "remove" in error.value.hints[-1]
+    for act, said in ((lambda: file.write_bytes(good[:-1]), "bytes instead of"), (file.unlink, "is missing")):
+        act()
+        with pytest.raises(UsageError, match=f"is damaged: .*{said}"):
+            convert(planned)
+
+
+def test_an_unfinished_conversion_says_what_it_is(planned: Plan, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    assert place.unfinished(tmp_path / "out") is None
+    with pytest.raises(ZeroDivisionError):
+        convert(planned, Running(), on("file", 1, fail), "cpt convert-ckpt in out --to hf")
+    said = f"an unfinished conversion of `{tmp_path / 'in'}`: `cpt convert-ckpt in out --to hf` goes on with it"
+    for folder in (tmp_path / "out", tmp_path / "out.partial"):
+        assert place.unfinished(folder) == said
+        assert verify.verify(folder) == [f"`{folder}` is {said}"]
+        with pytest.raises(UsageError, match="is an unfinished conversion of"):
+            find.find(folder)
+    convert(planned)
+    assert place.unfinished(tmp_path / "out") is None
+
+
+def test_what_is_dropped_is_what_was_there(tmp_path: Path) -> None:
+    write_hf(tmp_path / "in", PLAIN)
+    for name in ("README.md", "tokenizer.json"):
+        (tmp_path / "in" / name).write_text("{}")
+    again = plan(Request(source=tmp_path / "in", out=tmp_path / "out", to="hf"))
+    assert dropped(again) == ("`README.md`: not of the model or its tokenizer",)
+    trained = replace(
+        made_checkpoints.content(tmp_path / "made", LLAMA, padded=None),
+        args={"lr": 0.1}, common={"opt_param_scheduler": {"max_lr": 0.1}},
+    )  # fmt: skip
+    source = made_checkpoints.write(trained, "megatron", tmp_path / "trained")
+    lines = dropped(plan(Request(source=source, out=tmp_path / "out", to="hf")))
+    assert "Megatron's arguments, step 7, `opt_param_scheduler`: a Hugging Face folder has no place for them" in lines
+    onward = plan(Request(source=source, out=tmp_path / "out", to="megatron"))
+    assert dropped(onward) == () and "`--no-load-rng`" in advice(onward)[0]
+
+
+def test_other_options_are_named_as_a_person_gives_them(tmp_path: Path) -> None:
+    write_hf(tmp_path / "in", PLAIN)
+    request = Request(source=tmp_path / "in", out=tmp_path / "out", to="megatron", writing=Writing(layout=Layout(pp=2)))
+    convert(plan(replace(request, pipeline_layout="1,2")))
+    with pytest.raises(UsageError) as error:
+        convert(plan(replace(request, pipeline_layout="2,1")))
+    assert error.value.hints[0] == "`--pipeline-layout` is `1,2` there, `2,1` here"
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.check_writable(tmp_path / "new" / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(EnvironmentProblem, match="cannot be written: writing there is not permitted"):
+        place.check_writable(tmp_path / "new" / "out")

@@ -161,14 +161,26 @@ def test_a_config_decides_and_the_arguments_must_agree(tmp_path: Path) -> None:
     assert to_model(args | {"norm_epsilon": 9.999999974752427e-07, "max_position_embeddings": 64}, "c", folder)
     with pytest.raises(UsageError) as error:
         to_model(args | {"hidden_size": 96, "rotary_base": 10000}, "common.pt", folder)
-    assert "`hidden_size` 96" in error.value.message and "says 64" in error.value.message
+    assert "`hidden_size` is 64 in " in error.value.message and "and 96 by `hidden_size` in" in error.value.message
     assert "500000" in error.value.more[0].message and "10000" in error.value.more[0].message
+    with pytest.raises(UsageError, match=r"is of another model than `common\.pt`: 4 settings differ; `") as error:
+        changed = {
+            "hidden_size": 96,
+            "num_layers": 7,
+            "ffn_hidden_size": 8,
+            "untie_embeddings_and_output_weights": True,
+        }
+        to_model(args | changed, "common.pt", _folder(tmp_path, dataclasses.replace(PLAIN, tie_embeddings=True)))
+    assert not error.value.more
+    with pytest.raises(UsageError, match=r"^`tie_word_embeddings` is true in `.*`, and false by `untie_emb.*` in the"):
+        tied = dataclasses.replace(PLAIN, tie_embeddings=True)
+        to_model(args | {"untie_embeddings_and_output_weights": True}, "common.pt", _folder(tmp_path, tied))
 
 
 def test_vocabulary_sizes_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"`--vocab-size` is 300, the arguments .* say 301"):
         to_model(args_of(PLAIN), "common.pt", vocab_size=300)
-    with pytest.raises(UsageError, match=r"`vocab_size` 300.* says 301"):
+    with pytest.raises(UsageError, match=r"`vocab_size` is 301 in .*, and 300 by `--vocab-size`"):
         to_model(args_of(PLAIN, vocab_size=None), "common.pt", _folder(tmp_path, PLAIN), vocab_size=300)
 
 

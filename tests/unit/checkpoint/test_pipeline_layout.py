@@ -33,7 +33,7 @@ def test_forms(text: str, pp: int, vp: int, layers: int, wanted: tuple[int, ...]
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("1,2", "2 parts with 3 layers; wanted are pp 3"),
+        ("1,2", "2 parts with 3 layers; wanted: 3 parts with 4 layers (pp 3)"),
         ("1,1,3", "3 parts with 5 layers"),
         ("first=3,last=3", "leaves -2"),
         ("first=1,first=2", "accepted forms"),

@@ -108,7 +108,7 @@ def test_any_byte_that_is_changed_is_found(tmp_path: Path, model: str, name: str
         one.file.write_bytes(good[:at] + bytes([good[at] ^ 1 << chance.randrange(8)]) + good[at + 1 :])
         wrong = verify.verify(folder)
         assert wrong, at
-        told += wrong[0].startswith(f"`{one.file.name}` has other bytes than were written (checksum ")
+        told += wrong[0].startswith(f"`{one.name}` has other bytes than were written (checksum ")
         one.file.write_bytes(good)
     assert verify.verify(folder) == []
     assert told >= 10  # others are headers that could not be opened
@@ -149,7 +149,7 @@ def test_pieces_in_any_order_from_any_thread_give_the_sum_of_all(tmp_path: Path,
     (tmp_path / "file").write_bytes(data)
     start, end = chance.randrange(500), 3000 - chance.randrange(500)
     wanted = zlib.crc32(data[start:end])
-    one, read = Summing(Sum(tmp_path / "file", start, end - start, wanted, "x")), []
+    one, read = Summing(Sum(tmp_path / "file", "file", start, end - start, wanted, "x")), []
     asked = [(at, at + chance.choice([1, 7, 64, 300])) for at in chance.choices(range(3000), k=chance.choice([0, 60]))]
 
     def add(piece: tuple[int, int]) -> None:
@@ -169,7 +169,7 @@ def test_every_byte_of_a_sum_counts_wherever_pieces_begin(tmp_path: Path) -> Non
     for at in range(300):
         changed = data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
         (tmp_path / "file").write_bytes(changed)
-        one = Summing(Sum(tmp_path / "file", 0, 300, wanted, "x", 300))
+        one = Summing(Sum(tmp_path / "file", "file", 0, 300, wanted, "x", 300))
         for piece in ((40, 90), (90, 130), (200, 300), (10, 40)):
             for first, last in one.take(*piece):
                 one.note(first, last, zlib.crc32(changed[first:last]))
@@ -180,10 +180,10 @@ def test_sums_that_overlap_are_all_compared(tmp_path: Path) -> None:
     data = bytes(range(200))
     (tmp_path / "file").write_bytes(data)
     all_of = [
-        Sum(tmp_path / "file", start, length, zlib.crc32(data[start : start + length]), "x")
+        Sum(tmp_path / "file", "file", start, length, zlib.crc32(data[start : start + length]), "x")
         for start, length in ((0, 100), (50, 100), (100, 50), (150, 50), (20, 0))
     ]
     found = Summings(all_of)
     assert [s.of for s in found.crossing(str(tmp_path / "file"), 90, 160)] == [all_of[0], all_of[2], all_of[3]]
     assert len(found.all) == 5 and all(s.why_wrong() is None for s in found.all)
-    assert "was cut off" in (Summing(Sum(tmp_path / "file", 150, 51, 0, "x")).why_wrong() or "")
+    assert "was cut off" in (Summing(Sum(tmp_path / "file", "file", 150, 51, 0, "x")).why_wrong() or "")
