@@ -435,7 +435,7 @@ def test_another_conversion_under_way_is_shown_and_kept(big: Path) -> None:
     process.wait(30)
     before = content(big / "other.partial")
     ended = cpt(big / "in", out, "--to", "hf", "--dtype", "fp16")
-    refused(ended, "is another unfinished conversion", "`dtype` is `bfloat16` there, `float16` here", "remove")
+    refused(ended, "is another unfinished conversion", "`--dtype` is `bfloat16` there, `float16` here", "remove")
     after = content(big / "other.partial")
     assert {n: b for n, b in before.items() if "lock" not in n} == {n: b for n, b in after.items() if "lock" not in n}
 
