@@ -103,7 +103,11 @@ def read_header(path: Path) -> dict[str, Place]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if head == b"version " and size < 1024:
+                hint = "`git lfs pull` in that folder fetches the file"
+                raise UsageError(f"`{path}` is a pointer of Git LFS, not the file itself", hint)
             if not size:
                 raise UsageError(f"`{path}` is empty")
             if size < 8 or not 0 < length <= min(_MOST, size - 8):

@@ -33,7 +33,6 @@ __all__ = [
     "StageStore",
     "checkpoint_folders",
     "folder_name",
-    "hugging_face",
     "is_whole",
     "newest_whole",
     "resolve",
@@ -142,15 +141,6 @@ def stage_home(stage_dir: Path) -> Path:
         if isinstance(reference, str) and reference:
             return Path(reference)
     return stage_dir
-
-
-def hugging_face(path: str | os.PathLike[str]) -> Path | None:
-    """The Hugging Face folder that a path is, or that an export's stage folder holds; None for anything else."""
-    path = Path(path)
-    for folder in (path, stage_home(path) / "hf"):
-        if (folder / "config.json").is_file() and not (folder / manifests.NAME).is_file():
-            return folder
-    return None
 
 
 def to_remove(kept: Sequence[Manifest], retain: Retain, keep_steps: Sequence[int] = ()) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -245,6 +246,11 @@ def _with_prefix(found: dict[str, Found], model: ModelConfig) -> dict[str, Found
     return {known.get(name, name): place for name, place in found.items()}
 
 
+def _layers(names: Iterable[str]) -> int:
+    """Into how many layers the tensors of a model are counted by their names."""
+    return max((int(m[1]) + 1 for name in names if (m := re.search(r"\.(\d+)\.", name))), default=0)
+
+
 def _check(found: Mapping[str, Found], model: ModelConfig) -> None:
     """Compare a folder's tensors with what the model needs.
 
@@ -253,10 +259,15 @@ def _check(found: Mapping[str, Found], model: ModelConfig) -> None:
     """
     wanted = mapping.hf_tensors(model)
     problems = []
+    layers, there = _layers(wanted), _layers(found)
+    if layers != there and there:
+        raise UsageError(f"`config.json` says {layers} layers, its tensors are of {there} (`num_hidden_layers`)")
     copy, _ = mapping.tied_copy(model) or (None, None)
     for name, tensor in wanted.items():
         if name not in found:
-            problems.append(f"tensor `{name}` is missing{mapping.suggest(name, found)}")
+            tied = "; a head that is the embedding is `tie_word_embeddings: true` in `config.json`"
+            is_head = name in ("lm_head.weight", "embed_out.weight")
+            problems.append(f"tensor `{name}` is missing{tied if is_head else mapping.suggest(name, found)}")
             continue
         it = found[name]
         if it.shape != tensor.shape:
@@ -347,15 +358,19 @@ def _config(content: Content, config: Mapping[str, Any]) -> bytes:
     return _json(config)
 
 
+_OBJECTS = {"cpt.manifest": "how far the run was", "cpt.rng": "random states"}  # of our own checkpoints, for people
+
+
 def _dropped(content: Content, writing: Writing) -> Iterator[str]:
     if content.has_optimizer:
         yield "optimizer state: a Hugging Face folder has no place for it"
     if content.objects:
-        yield f"{', '.join(f'`{name}`' for name in content.objects)}: a Hugging Face folder has no place for it"
+        names = ", ".join(_OBJECTS.get(name, f"`{name}`") for name in content.objects)
+        yield f"{names}: a Hugging Face folder has no place for it"
     extra = (content.padded_vocab_size or 0) - content.model.vocab_size
     if extra > 0 and not writing.keep_padding:
         yield f"{extra} padding rows of the vocabulary"
-    if content.model.hf_config is None:
+    if content.model.hf_config is None and "cpt.manifest" not in content.objects:  # ours was never another program's
         yield (
             f"no `config.json` came along: a new one says `model_type: {content.model.family}`, and nothing of "
             "`eos_token_id`, `bos_token_id` and what else only the first one said (`--config HF_FOLDER` brings it)"

@@ -38,7 +38,7 @@ from cpt.checkpoint.mapping import Fused
 from cpt.checkpoint.torch_dist import BACKEND, COMMON, CONFIG, METADATA, Record, metadata
 from cpt.checkpoint.unpickle import Dtype
 from cpt.checkpoint.writing import FileSums
-from cpt.plan.types import ModelConfig, Parallel, to_json
+from cpt.plan.types import ModelConfig, Parallel
 
 _Part = bytes | Payload | Crc
 _Parts = tuple[_Part, ...]
@@ -110,7 +110,7 @@ def plan(content: Content, writing: Writing) -> Output:
         facts = {name: FileFacts(size=s.size, crc32=f"{s.crc32:08x}") for name, s in sums.items()}
         facts |= {n: FileFacts(size=len(b), crc32=f"{zlib.crc32(b):08x}") for n, b in made.items()}
         manifest = dataclasses.replace(draft, files=dict(sorted(facts.items())))
-        return made | {manifests.NAME: (json.dumps(to_json(manifest), indent=2) + "\n").encode()}
+        return made | {manifests.NAME: (json.dumps(manifests.with_sum(manifest), indent=2) + "\n").encode()}
 
     return Output(
         files=files,
