@@ -1,7 +1,9 @@
 """Ways to start the ranks of a stage. New launcher = one file here + its import below.
 
-A launcher is a frozen dataclass of its own options. `cpt.stages.attempt` decides what an attempt is and writes its
-`job.json`; a launcher only starts `world_size` processes of `python -m cpt.worker JOB.json` and says how they ended.
+A launcher is a frozen dataclass of its own options. Some start ranks at once, as children of `cpt run` (`Direct`);
+others hand scripts to a queue, which starts them later and elsewhere (`batch.Batch`). What an attempt at a stage is,
+and how it ended, is decided by `cpt.stages.attempt` alone: it writes `job.json`, and the ranks of both kinds are
+`python -m cpt.worker JOB.json`.
 """
 
 from __future__ import annotations
@@ -15,16 +17,22 @@ from cpt.base.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One attempt at a stage, as a launcher sees it. The attempt's folder holds `job.json` and takes `logs/`."""
+class Work:
+    """A stage, as a launcher sees it."""
 
     run_dir: Path
     stage: str
-    attempt_dir: Path
     world_size: int
     layout: str  # for people, e.g. "tp 2, pp 2, dp 1"
     python: str  # the interpreter that has `cpt`
     cwd: Path  # where the person typed the command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Work):
+    """One attempt at a stage. The attempt's folder holds `job.json` and takes `logs/`."""
+
+    attempt_dir: Path
 
     @property
     def job(self) -> Path:
@@ -54,8 +62,12 @@ class Launcher(ABC):
     def num_devices(self) -> int | None:
         """Processes that a stage may use when the recipe gives no `dp`; None when only the layout decides."""
 
+
+class Direct(Launcher):
+    """Starts ranks at once."""
+
     @abstractmethod
-    def write_script(self, launch: Launch) -> Path:
+    def write_script(self, work: Work) -> Path:
         """Write the readable script that does by hand what `start` does, into the stage's folder."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 from cpt.base import processes
 from cpt.base.errors import SAVED, UsageError
 from cpt.base.files import write_atomic
-from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork
+from cpt.launch import LAUNCHERS, Direct, Launch, Ranks, Work, fork
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -69,7 +69,7 @@ class LocalRanks(Ranks):
 
 @LAUNCHERS.add("local")
 @dataclass(frozen=True, kw_only=True)
-class Local(Launcher):
+class Local(Direct):
     """Start one process a rank on this machine.
 
     Args:
@@ -89,19 +89,19 @@ class Local(Launcher):
     def num_devices(self) -> int | None:
         return self.devices if self.devices is not None else _num_gpus() or None
 
-    def write_script(self, launch: Launch) -> Path:
-        path = launch.run_dir / "stages" / launch.stage / "launch.sh"
-        exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._threads(launch.world_size).items())
+    def write_script(self, work: Work) -> Path:
+        path = work.run_dir / "stages" / work.stage / "launch.sh"
+        exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._threads(work.world_size).items())
         text = _SCRIPT.format(
-            stage=_comment(launch.stage),
-            folder=_comment(str(launch.run_dir)),
-            stage_arg=shlex.quote(launch.stage),
-            run_dir=shlex.quote(str(launch.run_dir)),
-            num_ranks=launch.world_size,
-            layout=_comment(launch.layout),
-            cwd=shlex.quote(str(launch.cwd)),
+            stage=_comment(work.stage),
+            folder=_comment(str(work.run_dir)),
+            stage_arg=shlex.quote(work.stage),
+            run_dir=shlex.quote(str(work.run_dir)),
+            num_ranks=work.world_size,
+            layout=_comment(work.layout),
+            cwd=shlex.quote(str(work.cwd)),
             exports=exports,
-            python=shlex.quote(launch.python),
+            python=shlex.quote(work.python),
         )
         write_atomic(path, text)
         path.chmod(path.stat().st_mode | 0o111)
