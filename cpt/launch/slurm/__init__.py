@@ -1,0 +1,1 @@
+"""Stages as batch jobs of Slurm."""
