@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpt.base.registry import Registry
 
@@ -26,6 +27,7 @@ class Work:
     layout: str  # for people, e.g. "tp 2, pp 2, dp 1"
     python: str  # the interpreter that has `cpt`
     cwd: Path  # where the person typed the command
+    afterwards: tuple[tuple[str, ...], ...] = ()  # commands after a stage that is done; how they end changes nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,13 @@ class Ranks(ABC):
 
 
 class Launcher(ABC):
-    """One way to start workers."""
+    """One way to start workers. Every one has the options
+
+    retries: how often a stage is tried again after a fault of the machine (a killed rank, a lost node, a hang) without
+        a single step gained in between.
+    """
+
+    retries: int
 
     @abstractmethod
     def num_devices(self) -> int | None:
@@ -76,5 +84,11 @@ class Direct(Launcher):
 
 
 LAUNCHERS: Registry[type[Launcher]] = Registry("launcher")
+
+
+def launcher_of(options: Mapping[str, Any]) -> Launcher:
+    """The launcher of a plan: `name` and its options."""
+    return LAUNCHERS.get(str(options.get("name", "local")))(**{k: v for k, v in options.items() if k != "name"})
+
 
 from cpt.launch import local  # noqa: E402, F401

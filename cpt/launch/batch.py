@@ -62,6 +62,18 @@ class JobState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inside:
+    """The job that this process runs in.
+
+    Args:
+        stop_at: when its ranks are to save and stop, some time before its limit [unix seconds]; None = no limit.
+    """
+
+    id: str
+    stop_at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sent:
     """A submitted job.
 
@@ -98,7 +110,18 @@ class Order:
 
 
 class Batch(Launcher):
-    """A queue."""
+    """A queue. Besides `retries` each has the options
+
+    max_attempts: most attempts at a stage, whatever they gained.
+    successors: jobs sent after each stage's own that go on where a queue does not start a job again; 0 = none.
+    """
+
+    max_attempts: int
+    successors: int
+
+    @abstractmethod
+    def inside(self, environ: Mapping[str, str]) -> Inside | None:
+        """The job that `environ` is of; None outside of jobs."""
 
     @abstractmethod
     def write_script(self, work: Work, members: Sequence[str] = ()) -> Path:
@@ -106,6 +129,14 @@ class Batch(Launcher):
 
         Args:
             members: stages of the same layout that are one array of jobs; `work.stage` then names their law.
+        """
+
+    @abstractmethod
+    def log_of(self, work: Work, id: str, member: int | None = None) -> Path:
+        """Where the script of a job prints.
+
+        Args:
+            member: number of an array's element.
         """
 
     @abstractmethod

@@ -75,16 +75,20 @@ class Local(Direct):
     Args:
         devices: processes a stage may use when it gives no `dp`; None = the GPUs here, or what its layout needs.
         threads: threads a rank computes with; None = cores / ranks.
+        retries: how often a stage is tried again after a fault of the machine without a step gained in between.
     """
 
     devices: int | None = None
     threads: int | None = None
+    retries: int = 0
 
     def __post_init__(self) -> None:
         for name in ("devices", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"`launcher.{name}` is `{value}`; it must be a whole number of at least 1")
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise UsageError(f"`launcher.retries` is `{self.retries}`; it must be a whole number of at least 0")
 
     def num_devices(self) -> int | None:
         return self.devices if self.devices is not None else _num_gpus() or None
