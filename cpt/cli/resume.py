@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def _rebuild(words: list[str], folder: Path) -> Rebuild:
     from cpt.config import build
     from cpt.config.compose import compose
 
-    keys = [w for before, w in zip(words, words[1:], strict=False) if not w.startswith("-") and before != "--every"]
+    keys = [w for before, w in pairwise(words) if not w.startswith("-") and before != "--every"]
     keys = [k for k in keys if k.partition("=")[0] not in ("name", "runs")]
     composed = compose([*keys, f"name={_text(folder.name)}", f"runs={_text(str(folder.parent))}"])
     return lambda laws: build.from_composed(composed, laws=laws)

@@ -351,9 +351,8 @@ def status_text(status: RunStatus, now: float) -> str:
         if s.job is not None and s.status != state.DONE and (text := job_text(s.job)):
             notes.append(f"{name}: {text}")
         if s.status == DEAD:
-            notes.append(
-                f"{name}: nobody works on it any more; `cpt resume {show.plain(status.name)}` goes on from its checkpoint"
-            )
+            again = f"`cpt resume {show.plain(status.name)}` goes on from its checkpoint"
+            notes.append(f"{name}: nobody works on it any more; {again}")
         if s.reason:
             notes.append(f"{name}: {show.plain(s.reason)}")
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"

@@ -45,11 +45,14 @@ def decide(ended: Ended, *, retries: int, max_attempts: int | None, has_steps: b
     A stop before a time limit is repeated while steps are gained; a fault of the machine also without, some times.
 
     Args:
+        retries: how often in a row a fault without a step gained is repeated; 0 = no fault is.
         has_steps: the stage counts steps; one that does not is repeated like one that met a fault.
     """
     if ended.code in (DONE, GUARD) or ended.is_asked:
         return END, ""
     if ended.code != SAVED and not ended.is_fault:
+        return END, ""
+    if not retries and ended.code != SAVED:
         return END, ""
     attempts = len(ended.began_at)
     if max_attempts is not None and attempts >= max_attempts:
@@ -58,7 +61,6 @@ def decide(ended: Ended, *, retries: int, max_attempts: int | None, has_steps: b
         if ended.without_gain:
             return END, "not tried again: the attempt gained no step (`launcher.time` may be too short for one)"
         return REPEAT, ""
-    if ended.without_gain > retries:
-        times = f"{ended.without_gain} attempts" if ended.without_gain > 1 else "one attempt"
-        return END, f"not tried again: {times} without a step gained (`launcher.retries`)" if retries else ""
+    if ended.without_gain > max(1, retries):
+        return END, f"not tried again: {ended.without_gain} attempts without a step gained (`launcher.retries`)"
     return REPEAT, ""

@@ -135,7 +135,7 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
 
 
 def _is_gone(plan: RunPlan, inside: Inside | None) -> Callable[[lock.Holder], bool]:
-    """Whether the batch job that holds a lock has ended: an earlier start of this very job has, others are asked for."""
+    """Whether the batch job that holds a lock has ended: an earlier start of this job has, the queue knows others."""
     launcher = launcher_of(plan.launcher)
 
     def gone(held: lock.Holder) -> bool:
