@@ -91,4 +91,4 @@ def launcher_of(options: Mapping[str, Any]) -> Launcher:
     return LAUNCHERS.get(str(options.get("name", "local")))(**{k: v for k, v in options.items() if k != "name"})
 
 
-from cpt.launch import local  # noqa: E402, F401
+from cpt.launch import local, slurm  # noqa: E402, F401
