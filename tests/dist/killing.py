@@ -158,20 +158,18 @@ def inside_a_save(stage: str) -> Moment:
 
     def wait(running: Running, chance: random.Random) -> None:
         folder = running.run_dir / "stages" / stage / "checkpoints"
-        old = {p.name for _, p in store.steps(folder)}
         running.wait_until(lambda: _step(running, stage) >= 0, f"the first step of {stage}")
         running.ranks()  # looked for now: a save of a small model is over in a tenth of a second
 
         def half_written() -> bool:
-            new = [p for _, p in store.steps(folder) if p.name not in old]
-            return any(not (p / manifest.NAME).exists() for p in new)
+            return any(not (p / manifest.NAME).exists() for p in folder.glob(".writing-*"))
 
         running.wait_until(half_written, f"a save of {stage}", every=0.0002)
 
     def check(running: Running) -> None:
         folder = running.run_dir / "stages" / stage / "checkpoints"
-        assert [p for _, p in store.steps(folder) if not store.is_whole(p)], (
-            "every checkpoint is whole: killed too late"
+        assert [p for p in folder.glob(".writing-*") if not store.is_whole(p)], (
+            "nothing is being saved: killed too late"
         )
 
     return Moment(f"inside a save of {stage}", wait, check, quick=True)
