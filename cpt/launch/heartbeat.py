@@ -282,7 +282,7 @@ def flight_environment(attempt_dir: Path) -> dict[str, str]:
 
 
 def record_flights(attempt_dir: Path, environ: MutableMapping[str, str]) -> None:
-    """Set `flight_environment` where there are NVIDIA GPUs, before torch makes its groups; a person's own values stay."""
+    """Set `flight_environment` where there are NVIDIA GPUs, before torch makes its groups; own values stay."""
     if not Path("/dev/nvidiactl").exists():
         return
     with contextlib.suppress(OSError):
