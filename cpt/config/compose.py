@@ -177,6 +177,8 @@ def _split_picks(values: Sequence[ov.Override], cwd: Path) -> tuple[list[tuple[s
             picks.append((group, str(override.value)))
         elif options and isinstance(node, Section) and node.short is None:
             raise unknown(group, override.value, options)
+        elif options and isinstance(node, Part):  # a class of the project or a file in `conf`
+            raise unknown(node.registry().kind, override.value, options)
         else:
             rest.append(override)
     return picks, rest

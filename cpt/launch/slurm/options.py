@@ -42,6 +42,7 @@ _LIST = re.compile(r"[\w.:@+,-]+", re.ASCII)
 _CONSTRAINT = re.compile(r"[\w.:@+,&|*()\[\]!-]+", re.ASCII)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+Seconds = float  # given as a length of time: `180`, `3m`
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
@@ -79,14 +80,14 @@ class Slurm(Batch):
         container: of pyxis: `{image: ..., mounts: [/data], workdir: ...}`
         python: interpreter of the ranks, for a container that has its own; by default the one that submits
         signal: that ranks get before the time limit
-        warn: so long before the time limit they get it [s]
+        warn: so long before the time limit they get it
         requeue: the cluster lets jobs go back to its queue
         successors: further jobs of a stage that wait for it to end unfinished, where `requeue` is false
         max_attempts: most attempts at a stage
         retries: most attempts in a row that a fault of the machine ended without a step gained
         array_limit: most proxies of a law that run at once
         template: Jinja template of your own, instead of the one that comes with `cpt`
-        hang_after: no rank gains anything for so long: the attempt is ended, and the stacks are kept [s]
+        hang_after: no rank gains anything for so long: the attempt is ended, and the stacks are kept
     """
 
     partition: str | None = None
@@ -112,14 +113,14 @@ class Slurm(Batch):
     container: Mapping[str, Any] | None = field(default=None, metadata=_free("mapping"))
     python: str | None = None
     signal: str = "USR2"
-    warn: int = field(default=180, metadata=_free("length of time [s]"))
+    warn: Seconds = field(default=180, metadata=_free("length of time [s]"))
     requeue: bool = True
     successors: int = 0
     max_attempts: int = 20
     retries: int = 3
     array_limit: int | None = None
     template: str | None = None
-    hang_after: float = field(default=1800.0, metadata=_free("length of time [s]"))
+    hang_after: Seconds = field(default=1800.0, metadata=_free("length of time [s]"))
 
     def __post_init__(self) -> None:
         for name in ("partition", "account", "qos", "reservation"):
@@ -183,9 +184,11 @@ class Slurm(Batch):
         found = (value,) if isinstance(value, str) else value
         if found is None:
             found = ()
-        if not isinstance(found, list | tuple) or not all(isinstance(v, str) for v in found):
-            raise _wrong(name, value, "a list of texts", *_quote(value))
+        if not isinstance(found, list | tuple):
+            raise _wrong(name, value, "a list of texts")
         for entry in found:
+            if not isinstance(entry, str):
+                raise _wrong(name, entry, "a list of texts", *_quote(entry))
             if not _is_line(entry) or not entry.strip():
                 raise _wrong(name, entry, "a text on one line, without control characters")
         self._set(name, tuple(found))
@@ -200,9 +203,8 @@ class Slurm(Batch):
             return
         text = str(self.time).strip()
         if isinstance(self.time, bool) or re.fullmatch(r"[\d.]+", text) or not _is_line(text):
-            raise _wrong(
-                "time", self.time, "a length of time with its unit", f"such as `{text[:12]}m` or `{text[:12]}h`"
-            )
+            wanted = "a length of time with its unit, such as `90m`, `4h` or `1-12:00:00`"
+            raise _wrong("time", self.time, wanted, "YAML takes `4:00:00` for a number when it is not in quotes")
         try:
             seconds = parse_duration(text)
         except UsageError as error:
@@ -276,7 +278,7 @@ class Slurm(Batch):
         from cpt.launch.slurm.commands import Commands
 
         text = dependency(order.after, order.after_failed)
-        return Commands().submit(order.script, order.token, text, text is not None)
+        return Commands().submit(order.script, order.token, text)
 
     def ask(self, ids: Sequence[str]) -> dict[str, JobState]:
         from cpt.launch.slurm.commands import Commands
@@ -330,8 +332,7 @@ def _wrong(name: str, value: object, wanted: str, *hints: str) -> UsageError:
 
 
 def _quote(value: object) -> list[str]:
-    plain = isinstance(value, list | tuple) and any(isinstance(v, bool | int | float) for v in value)
-    return ["numbers, `true` and `false` in it are written in quotes"] if plain else []
+    return ["numbers, `true` and `false` in it are written in quotes"] if isinstance(value, bool | int | float) else []
 
 
 def _seconds(name: str, value: object, least: float, most: float) -> float:

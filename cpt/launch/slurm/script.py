@@ -209,8 +209,8 @@ def _quoted(value: Any) -> str:
     """A word of the shell; a list gives several."""
     words = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
     for word in words:
-        if "\0" in word:
-            raise UsageError(f"`{_comment(word)}` cannot be written into a script: it has a NUL character")
+        if "\0" in word or "\r" in word:  # sbatch takes no script with line ends of another system
+            raise UsageError(f"`{_comment(word)}` cannot be written into a script: it has control characters")
     return _Filtered(" ".join(shlex.quote(word) for word in words))
 
 
@@ -278,7 +278,6 @@ def _fill(path: Path, values: dict[str, Any]) -> str:
         raise UsageError(f"`{path}` cannot be filled in: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` cannot be read: {error}") from None
-    text = text.replace("\r\n", "\n")
     if not text.startswith("#!"):
         raise UsageError(f"`{path}` makes no script: its first line must begin with `#!`")
     return text
