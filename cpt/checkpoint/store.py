@@ -20,10 +20,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cpt.base.errors import Fenced, StageFailed, UsageError
 from cpt.base.files import fsync_folder, read_json, write_atomic
@@ -49,6 +49,7 @@ __all__ = [
     "why_not_whole",
 ]
 
+T = TypeVar("T")
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's folder for weights that belong to no step, as a converted model's
 _FOLDER = re.compile(r"iter_(\d{7,})")
@@ -345,7 +346,7 @@ class StageStore:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last: Path | None = None  # what this store wrote last: the engine has not been there since
-        self._ranks.on_first(self._clean)
+        self._on_first(self._clean)
 
     def _clean(self) -> None:
         self._check_fence()
@@ -356,6 +357,24 @@ class StageStore:
     def _check_fence(self) -> None:
         if self.fence is not None:
             self.fence.check()
+
+    @contextlib.contextmanager
+    def _fenced(self) -> Iterator[None]:
+        """Whoever has taken the stage over removes what this attempt writes or looks at: then that is the error."""
+        try:
+            yield
+        except Exception:
+            self._check_fence()
+            raise
+
+    def _on_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives on the first rank, on all ranks."""
+
+        def guarded() -> T:
+            with self._fenced():
+                return call()
+
+        return self._ranks.on_first(guarded)
 
     def newest_whole(self) -> Path | None:
         """The newest whole checkpoint of this stage, the same on all ranks; skipped ones are named by `warn`."""
@@ -368,7 +387,7 @@ class StageStore:
                 self.warn(f"checkpoint `{folder}` is not whole and was skipped: {why}; {instead}")
             return found
 
-        return self._ranks.on_first(look)
+        return self._on_first(look)
 
     def save(self, engine: Engine, progress: Progress, *, phase: str) -> Path:
         """Write `iter_<step>` whole or not at all; with `saving.asynchronous` in the background until `wait`.
@@ -385,9 +404,9 @@ class StageStore:
         assert phase in manifests.PHASES, phase
         self.wait()
         folder = self.checkpoints / folder_name(progress.step)
-        there = self._ranks.on_first(lambda: self._what_is_there(folder, progress))
+        there = self._on_first(lambda: self._what_is_there(folder, progress))
         if there == "same":
-            self._ranks.on_first(lambda: self._relabel(folder, progress, phase))
+            self._on_first(lambda: self._relabel(folder, progress, phase))
             return folder
         into = folder.with_name(f"{_NEW}{self.origin.attempt}-{folder.name}")
         write = native.begin_save(
@@ -403,12 +422,9 @@ class StageStore:
         )
 
         def finish() -> None:
-            try:
+            with self._fenced():
                 write()
-            except StageFailed:
-                self._check_fence()  # whoever has taken the stage over has removed what was being written
-                raise
-            self._ranks.on_first(lambda: self._publish(folder, into))
+            self._on_first(lambda: self._publish(folder, into))
 
         self._last = folder
         if self.saving.asynchronous:

@@ -101,24 +101,27 @@ def judge(beats: Mapping[int, Beat], now: float, hang_after: float) -> Hang | No
         host=one.host,
         silent=silent,
         behind=behind,
-        step=one.step,
+        step=one.step if not silent else max((b.step for b in beats.values() if b.step is not None), default=None),
         doing=one.doing,
         since=since,
-        text=_text(one, silent, behind, since, now),
+        text=_text(one, living.get(min(living)) if living else None, silent, behind, since, now),
         ranks=tuple(
             {"rank": b.rank, "doing": b.doing, "step": b.step, "host": b.host} for _, b in sorted(beats.items())
         ),
     )
 
 
-def _text(one: Beat, silent: tuple[int, ...], behind: tuple[int, ...], since: float, now: float) -> str:
+def _text(
+    one: Beat, living: Beat | None, silent: tuple[int, ...], behind: tuple[int, ...], since: float, now: float
+) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(since))
     head = f"nothing has moved for {show_duration(now - since)} (since {clock})"
-    where = f"in `{one.doing}`" + (f" of step {one.step}" if one.step is not None else "")
+    at = living if silent and living else one  # what a silent rank said last may be older than what it did
+    where = f"in `{at.doing}`" + (f" of step {at.step}" if at.step is not None else "")
     others = [r for r in silent or behind if r != one.rank]
     too = f"; so {'are' if len(others) > 1 else 'is'} {_ranks(others)}" if others else ""
     if silent:
-        return f"{head}: rank {one.rank} on `{one.host}` is without a sign of life, it was {where}{too}"
+        return f"{head}: rank {one.rank} on `{one.host}` is without a sign of life, {'others wait' if living else 'it was'} {where}{too}"
     if behind:
         return f"{head}: rank {one.rank} is behind the others, {where}{too}"
     return f"{head}: all ranks are {where}"
