@@ -121,7 +121,8 @@ def _text(
     others = [r for r in silent or behind if r != one.rank]
     too = f"; so {'are' if len(others) > 1 else 'is'} {_ranks(others)}" if others else ""
     if silent:
-        return f"{head}: rank {one.rank} on `{one.host}` is without a sign of life, {'others wait' if living else 'it was'} {where}{too}"
+        where = f"others wait {where}" if living else f"it was {where}"
+        return f"{head}: rank {one.rank} on `{one.host}` is without a sign of life, {where}{too}"
     if behind:
         return f"{head}: rank {one.rank} is behind the others, {where}{too}"
     return f"{head}: all ranks are {where}"
