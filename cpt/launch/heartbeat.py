@@ -21,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from cpt.base import pulse
-from cpt.base.errors import FAILED
+from cpt.base.errors import FAILED, Fenced
 from cpt.base.events import EventLog
 from cpt.base.lock import Fence
 from cpt.launch import outcome, watch
+from cpt.launch.explain import explain
 from cpt.launch.watch import Beat, Hang
 
 BEAT_SECONDS = 5.0
@@ -79,7 +80,8 @@ class Heartbeat:
         rank, world_size: of this process.
         hang_after: seconds without progress on any rank that are a hang; 0 = none is [s].
         is_watched: a parent looks for hangs; else the ranks do.
-        fence: of the stage, whose lock rank 0 keeps alive; None = somebody else does.
+        fence: of the stage, whose lock rank 0 keeps alive; None = somebody else does. Once another attempt has taken
+            the stage over, this one ends: what it computes nobody can use.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Heartbeat:
         self._seconds = beat_seconds(hang_after)
         self._stopped = threading.Event()
         self._noted: set[str] = set()
+        self._closed = 0  # looks in a row at which the fence was closed
         self._stacks: TextIO | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -126,10 +129,31 @@ class Heartbeat:
         while not self._stopped.wait(self._seconds):
             self._write()
             if self.fence is not None:
-                self.fence.beat()
+                self._keep(self.fence)
             if not self.is_watched:
                 with contextlib.suppress(OSError):
                     self._look()
+
+    def _keep(self, fence: Fence) -> None:
+        """Keep the stage's lock alive, or end where it is another one's. Once may be an error of the file system."""
+        try:
+            fence.check()
+        except Fenced as error:
+            self._closed += 1
+            if self._closed > 1:
+                outcome.write_record(self.attempt_dir, self.rank, FAILED, explain(error))
+                self._end(error.message)
+        except OSError:
+            return
+        else:
+            self._closed = 0
+            fence.beat()
+
+    def _end(self, text: str) -> NoReturn:
+        """End this rank though its main thread goes on, or will not come back."""
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
+        os._exit(FAILED)
 
     def _write(self) -> None:
         path = beat_path(self.attempt_dir, self.rank)
@@ -179,9 +203,7 @@ class Heartbeat:
         outcome.write_record(self.attempt_dir, self.rank, FAILED, failure(self.attempt_dir, found))
         living = [r for r in beats if r not in found.silent]
         _wait(lambda: all(outcome.record_path(self.attempt_dir, r).exists() for r in living), _GRACE_SECONDS)
-        sys.stderr.write(f"error: {found.text}\n")
-        sys.stderr.flush()
-        os._exit(FAILED)  # the main thread will not come back
+        self._end(found.text)
 
 
 def tell(attempt_dir: Path, beats: Mapping[int, Beat], told: set[str]) -> None:

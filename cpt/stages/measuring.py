@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpt.base import pulse
 from cpt.launch.heartbeat import collective_seconds, hang_after
 from cpt.plan.types import Job, ModelConfig, Parallel
 
@@ -40,6 +41,7 @@ class Measuring:
         """Losses of the loaded weights as an `eval` event with these fields; False after a stop. Collective."""
         from cpt.engine.evaluate import validation_losses
 
+        pulse.current.say(pulse.EVAL, 0)
         begun = self.report.clock()
         found = validation_losses(
             self.engine, sets, micro_batch_size=micro_batch_size, dp_rank=self.dp_rank, stopped=self.stopped

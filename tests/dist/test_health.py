@@ -183,18 +183,22 @@ def test_each_way_to_ask_saves_and_stops_and_is_told(start: Start, how: str, tmp
     assert not (run.attempt_dir / "stacks").exists(), "nothing hung"
 
 
-def test_an_attempt_that_was_taken_over_publishes_nothing_any_more(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_attempt_that_was_taken_over_publishes_nothing_any_more(
+    start: Start, tmp_path: Path, asynchronous: bool
+) -> None:
+    saving = Saving(every_steps=3, retain=Retain(last=2), asynchronous=asynchronous)
     stage_dir = tmp_path / "stages" / "only"
     checkpoints = stage_dir / "checkpoints"
     first, _ = lock.take(stage_dir, lock.holder_of(os.getpid(), "the first attempt"))
-    older = start(job={"fence": first.holder.token})
+    older = start(job={"fence": first.holder.token}, saving=saving)
     older.wait_until(lambda: store.newest_whole(checkpoints)[0] is not None)
     stopped = older.pids()
     for pid in stopped:  # a machine that is cut off: it sleeps, and knows nothing of what follows
         os.kill(pid, signal.SIGSTOP)
     first.release()
     second, _ = lock.take(stage_dir, lock.holder_of(os.getpid(), "the second attempt"))
-    newer = start(job={"fence": second.holder.token, "stop_at": time.time() + 15})
+    newer = start(job={"fence": second.holder.token, "stop_at": time.time() + 15}, saving=saving)
     assert newer.tops[0].wait(60) == 75, newer.logs()
     before = content(checkpoints)
     for pid in reversed(stopped):
@@ -205,6 +209,23 @@ def test_an_attempt_that_was_taken_over_publishes_nothing_any_more(start: Start,
     assert found["error"] == "another attempt has taken over `only`; this one publishes nothing"
     assert content(checkpoints) == before
     assert all(verify.verify(folder) == [] for _, folder in store.steps(checkpoints))
+
+
+def test_in_a_batch_job_rank_0_keeps_the_lock_alive_and_ends_when_it_is_taken_over(
+    start: Start, tmp_path: Path
+) -> None:
+    stage_dir = tmp_path / "stages" / "only"
+    first, _ = lock.take(stage_dir, lock.holder_of(os.getpid(), "a script", job="7"))
+    job = {"fence": first.holder.token, "queue_job": "7"}
+    run = start(1, alone=True, job=job, environ={"CPT_HANG_AFTER": "4"}, saving=Saving(every_steps=None))
+    run.wait_until(lambda: run.steps() >= 2)
+    os.utime(first.path, (1, 1))
+    run.wait_until(lambda: first.path.stat().st_mtime > 1, 10)
+    first.release()
+    lock.take(stage_dir, lock.holder_of(os.getpid(), "another script", job="8"))
+    assert run.tops[0].wait(20) == 1
+    assert read_json(outcome.record_path(run.attempt_dir, 0))["kind"] == "fenced"
+    assert store.steps(stage_dir / "checkpoints") == []
 
 
 def content(checkpoints: Path) -> dict[str, str]:
