@@ -93,7 +93,10 @@ class Local(Direct):
                 raise UsageError(f"`launcher.{name}` is `{value}`; it must be a whole number of at least 1")
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise UsageError(f"`launcher.retries` is `{self.retries}`; it must be a whole number of at least 0")
-        parse_duration(self.hang_after)
+        try:
+            parse_duration(self.hang_after)
+        except UsageError as error:
+            raise UsageError(f"`launcher.hang_after`: {error.message}") from None
 
     def num_devices(self) -> int | None:
         return self.devices if self.devices is not None else _num_gpus() or None
