@@ -5,8 +5,9 @@
                                                 the ranks find each other (see `launch.rendezvous`)
     python -m cpt.worker --ranks 4 JOB.json     all ranks of one machine, forked by one parent (see `launch.fork`)
 
-Exit codes: 0 done · 75 saved, more to do · 4 a `stop_if` guard ended it · else failed. Nothing heavy is imported at the
-top: helper processes of a save import this file again.
+Exit codes: 0 done · 75 saved, more to do · 4 a `stop_if` guard ended it · else failed. Under srun, which ends all ranks
+when one ends with another code than 0, the first three are 0: the rank's record tells them apart (`launch.outcome`).
+Nothing heavy is imported at the top: helper processes of a save import this file again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base import processes
+from cpt.base.errors import DONE, GUARD, SAVED
 from cpt.launch.environment import rank_environment
 
 if __name__ == "__mp_main__":  # a helper process that `multiprocessing` spawned from a rank
@@ -24,6 +26,8 @@ if __name__ == "__mp_main__":  # a helper process that `multiprocessing` spawned
 
 # What torch and Megatron-core say at import about packages that this machine need not have; `cpt doctor` tells it once.
 _QUIET = ("Apex", "apex", "Transformer Engine", "transformer_engine", "Triton", "flash")
+
+_GOOD = (DONE, SAVED, GUARD)
 
 
 def main(arguments: list[str]) -> int:
@@ -36,8 +40,11 @@ def main(arguments: list[str]) -> int:
         return 2
     job = Path(arguments[0])
     if num_ranks is None:
-        os.environ |= rank_environment(os.environ)
-        return _take_leave(rank_main(job))
+        by_srun = rank_environment(os.environ)
+        os.environ |= by_srun
+        code = rank_main(job)
+        # srun ends all other ranks at the first code that is not 0, and one that has saved is done before others are.
+        return _take_leave(0 if by_srun and code in _GOOD else code)
     return parent_main(num_ranks, job)
 
 

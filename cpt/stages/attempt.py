@@ -325,7 +325,7 @@ def _main_end(job_path: Path, code: int) -> int:
         raise UsageError(f"the lock of `{folder}` was taken over meanwhile; nothing is recorded")
     attempt = Attempt(plan, plan.stages[job.stage], job, job_path.parent, lock.Lock(folder, holder))
     launcher = launcher_of(plan.launcher)
-    code = finish(attempt, code)
+    code = finish(attempt, _code_of_ranks(attempt, code) if job.queue_job is not None else code)
     if job.queue_job is not None and isinstance(launcher, Batch):
         word = _word(attempt, code, launcher)
         if word != "repeat":
@@ -340,6 +340,19 @@ def _main_end(job_path: Path, code: int) -> int:
         raise failure_error(attempt.folder, attempt.stage, str(folder / "launch.sh"))
     sys.stderr.write(f"note: stage `{job.stage}`: {state.read(folder).status}\n")
     return code
+
+
+def _code_of_ranks(attempt: Attempt, code: int) -> int:
+    """How the ranks of a batch job ended, by what they wrote: a queue's own code says little about any of them.
+
+    Args:
+        code: of the command that started them; 75 = a stop came before that.
+    """
+    if any((attempt.folder / "ranks").glob("*.json")):
+        failed = (attempt.folder / "failure.json").exists()
+        return FAILED if failed else outcome.conclude(attempt.folder, attempt.num_ranks)
+    started = any((attempt.folder / "logs").glob("rank_*.log"))
+    return code if code not in (DONE, GUARD, SAVED) or (code == SAVED and not started) else FAILED
 
 
 def _said(now: State) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,6 @@ while not asked:
     time.sleep(0.05)
 time.sleep(1.5)
 (job.parent / f"saved{rank}").write_text(asked[0])
-sys.exit(75)
 """
 
 
@@ -187,7 +187,7 @@ def test_a_warning_reaches_the_ranks_and_the_job_goes_back(real: Cluster, tmp_pa
     real.wait(id, "PENDING")
     (attempt,) = stage.attempts()
     assert {(attempt / f"saved{rank}").read_text() for rank in range(4)} == {"SIGUSR2"}
-    assert json.loads((attempt / "end.json").read_text()) == "75"
+    assert json.loads((attempt / "end.json").read_text()) == "0"
     real.run("scancel", id)
 
 
@@ -284,3 +284,70 @@ def test_a_job_knows_when_it_ends(real: Cluster, tmp_path: Path) -> None:
     assert real.wait(id) == "COMPLETED", stage.log(id)
     told, left = json.loads((stage.attempts()[0] / "inside.json").read_text())
     assert told == id and 380 < left <= 420
+
+
+def test_a_preempted_job_saves_and_slurm_alone_takes_it_back(real: Cluster, tmp_path: Path) -> None:
+    stage = Stage(real, tmp_path, SAVES)
+    stage.words("repeat")
+    id = stage.submit(Slurm(**TWO, partition="spot", exclusive=True))
+    stage.wait_for("up")
+    real.run("sbatch", "--parsable", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    stage.wait_for("end.json", 1)
+    real.wait(id, "PENDING")
+    (attempt,) = stage.attempts()
+    assert {(attempt / f"saved{rank}").read_text() for rank in range(4)} == {"SIGTERM"}
+    assert "Restarts=1" in real.run("scontrol", "show", "job", id)
+    real.run("scancel", id)
+
+
+def test_a_job_that_is_cancelled_before_its_ranks_start_gives_the_stage_back(real: Cluster, tmp_path: Path) -> None:
+    stage = Stage(real, tmp_path)
+    stage.words("repeat")
+    (stage.run_dir / "begin.py").write_text("(attempt / 'here').write_text(''); time.sleep(2)")
+    id = stage.submit(Slurm(**TWO))
+    stage.wait_for("here", 1)
+    real.run("scancel", id)
+    stage.wait_for("end.json", 1)
+    (attempt,) = stage.attempts()
+    assert json.loads((attempt / "end.json").read_text()) == "75"
+    assert real.wait(id) == "CANCELLED" and not list((attempt / "logs").iterdir())
+
+
+@pytest.mark.parametrize("how", [["--full"], ["--batch"]])
+def test_a_signal_to_the_script_itself_does_not_end_it(how: list[str], real: Cluster, tmp_path: Path) -> None:
+    stage = Stage(real, tmp_path, SAVES)
+    stage.words("stopped")
+    id = stage.submit(Slurm(**TWO))
+    stage.wait_for("up")
+    real.run("scancel", *how, "--signal=USR2", id)
+    if how == ["--batch"]:
+        time.sleep(0.5)
+        assert real.state(id) == "RUNNING"
+        real.run("scancel", "--signal=USR2", id)
+    assert real.wait(id) == "FAILED"
+    (attempt,) = stage.attempts()
+    assert len(list(attempt.glob("saved*"))) == 4 and json.loads((attempt / "end.json").read_text()) == "0"
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"gpus": "per_node"}, ["0,1"] * 4),
+        ({"gpus": "gres"}, ["0,1"] * 4),
+        ({"gpus": "per_node", "srun_args": ["--gpus-per-task=1"]}, ["0", "1"] * 2),
+    ],
+)
+def test_each_rank_sees_the_gpus_of_its_node(
+    options: dict[str, object],
+    seen: list[str],
+    clusters: Callable[..., Cluster],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = clusters("gpus", "--gpus", "2")
+    monkeypatch.setenv("SLURM_CONF", cluster.environ["SLURM_CONF"])
+    stage = Stage(cluster, tmp_path, "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    id = stage.submit(Slurm(**TWO, **options))  # type: ignore[arg-type]
+    assert cluster.wait(id) == "COMPLETED", stage.log(id)
+    logs = stage.attempts()[0] / "logs"
+    assert [(logs / f"rank_{rank:04d}.log").read_text().strip() for rank in range(4)] == seen
