@@ -59,7 +59,7 @@ def test_the_time_after_which_a_stage_hangs_reaches_the_ranks(tmp_path: Path) ->
     assert "export CPT_HANG_AFTER=1800\n" in Local().write_script(launch(tmp_path)).read_text()
     assert "export CPT_HANG_AFTER=90\n" in Local(hang_after="90s").write_script(launch(tmp_path)).read_text()
     assert "export CPT_HANG_AFTER=0\n" in Local(hang_after=0).write_script(launch(tmp_path)).read_text()
-    with pytest.raises(UsageError, match="`launcher.hang_after`: `soon` is not a length of time"):
+    with pytest.raises(UsageError, match=r"`launcher\.hang_after`: `soon` is not a length of time"):
         Local(hang_after="soon")
 
 
