@@ -81,7 +81,15 @@ class Cluster:
     def start_now(self, job: str, seconds: float = 30) -> None:
         """End the two minutes that a job waits after a requeue."""
         self.wait(job, "PENDING", seconds)
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # A node refuses what was granted in the same second in which the run before was ended ("credential revoked"),
+        # and the job fails.
+        time.sleep(1.2 - time.time() % 1)
+        end = time.monotonic() + seconds
+        # The controller may set the time anew while it still clears up after the run before.
+        while self.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False) == "PENDING BeginTime":
+            assert time.monotonic() < end, f"job {job} does not start"
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            time.sleep(0.5)
 
     def crash(self, node: str, tell: bool = True) -> None:
         """A node dies with all its processes. `tell`: the controller knows at once, else after about 25 s."""
@@ -109,7 +117,7 @@ class Cluster:
         pid = self.controller
         os.kill(pid, signal.SIGTERM)
         end = time.monotonic() + 20
-        while _lives(pid):
+        while lives(pid):
             assert time.monotonic() < end, "slurmctld does not end"
             time.sleep(0.05)
 
@@ -124,7 +132,8 @@ class Cluster:
             time.sleep(0.1)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not asked about does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -132,16 +141,15 @@ def _lives(pid: int) -> bool:
     return stat[stat.rindex(")") + 2] not in "ZX"
 
 
-def _remove_stale() -> None:
-    """Stop clusters of test runs that were killed."""
+def remove_stale(keep: Collection[Cluster] = ()) -> None:
+    """Stop clusters of test runs that were killed: of processes that ended, and of this one's number."""
+    kept = {cluster.root for cluster in keep}
     for root in Path("/tmp").glob(f"{PREFIX}*"):
         pid = root.name.removeprefix(PREFIX).split("-")[0]
+        if root in kept or not pid.isdigit() or (int(pid) != os.getpid() and lives(int(pid))):
+            continue
         with contextlib.suppress(FileNotFoundError):
-            if (
-                pid.isdigit()
-                and root.stat().st_uid == os.geteuid()
-                and (int(pid) == os.getpid() or not _lives(int(pid)))
-            ):
+            if root.stat().st_uid == os.geteuid():
                 Cluster(root).stop()
 
 
@@ -150,7 +158,7 @@ def clusters() -> Iterator[Callable[..., Cluster]]:
     """Starts a cluster: `clusters("young", "--set", "MinJobAge=2")`; the same name gives the same one."""
     if os.geteuid() != 0 and not shutil.which("sbatch"):
         pytest.skip("needs Slurm, or root to install it")
-    _remove_stale()
+    remove_stale()
     started: dict[str, Cluster] = {}
 
     def start(name: str, *options: str) -> Cluster:

@@ -44,30 +44,26 @@ _UNKNOWN_JOB = re.compile("invalid job id specified", re.IGNORECASE)
 _ENDED = re.compile("already (completing|finished)|invalid job id specified", re.IGNORECASE)
 
 # What sbatch says, and what a person does about it; the first that fits.
-_NODES = "`sinfo -N -o '%N %c %m %G %f'` lists CPUs, memory [MiB], GPUs and features of each node"
-_HINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("account or account/partition|invalid account", (
-        "`sacctmgr show associations user=$USER format=account,partition,qos` lists what you may use",
-        "set it with `launcher.account=...`",
-    )),
-    ("invalid qos", ("`sacctmgr show associations user=$USER format=account,qos` lists what you may use",
-                     "set it with `launcher.qos=...`")),
-    ("group not permitted|access/permission denied", ("ask the cluster's administrators for the right to use it",)),
-    ("partition", ("`sinfo -s` lists the partitions", "set it with `launcher.partition=...`")),
-    ("feature", ("`sinfo -o '%P %f'` lists the features of nodes", "set them with `launcher.constraint=...`")),
-    ("reservation", ("`scontrol show reservation` lists them", "set it with `launcher.reservation=...`")),
-    ("generic resource|gres|gpu", ("`sinfo -o '%P %G'` lists the GPUs of nodes",
-                                   "see `launcher.gpus`, `launcher.gres_type` and `launcher.ranks_per_node`")),
-    ("requested time limit|--time|time specification", ("`sinfo -o '%P %l'` lists the limits of partitions", "set it with `launcher.time=...`")),
-    ("memory", (_NODES, "see `launcher.mem`")),
-    ("cpu count|processors", (_NODES, "see `launcher.cpus_per_rank` and `launcher.ranks_per_node`")),
-    ("node configuration|node count|node name|nodes", (_NODES, "see `launcher.nodes` and `launcher.ranks_per_node`")),
-    ("array", ("`scontrol show config | grep MaxArraySize` is above the largest index",)),
-    ("qos|policy|limit", ("`sacctmgr show qos` and `sacctmgr show associations` list the limits",)),
-    ("dependency", ("a job that it waits for is not known to the queue",)),
-    ("unrecognized option|invalid option", ("`launcher.extra` holds options of `sbatch`",)),
-    ("batch script|line breaks", ("see `launcher.template`",)),
-)  # fmt: skip
+_NODES = "`sinfo -N -o '%N %c %m %G'` lists the CPUs, memory [MiB] and GPUs of each node: "
+_ASSOC = "`sacctmgr show associations user=$USER format=account,partition,qos` lists what you may use: "
+_HINTS = {
+    "account or account/partition|invalid account": _ASSOC + "`launcher.account=...`",
+    "invalid qos": _ASSOC + "`launcher.qos=...`",
+    "group not permitted|access/permission denied": "ask the cluster's administrators for the right to use it",
+    "partition": "`sinfo -s` lists the partitions: `launcher.partition=...`",
+    "feature": "`sinfo -o '%P %f'` lists the features of nodes: `launcher.constraint=...`",
+    "reservation": "`scontrol show reservation` lists them: `launcher.reservation=...`",
+    "generic resource|gres|gpu": _NODES + "`launcher.gpus`, `launcher.gres_type`, `launcher.ranks_per_node`",
+    "requested time limit|--time|time specification": "`sinfo -o '%P %l'` lists the limits: `launcher.time=...`",
+    "memory": _NODES + "`launcher.mem=...`",
+    "cpu count|processors": _NODES + "`launcher.cpus_per_rank`, `launcher.ranks_per_node`",
+    "node configuration|node count|node name|nodes": _NODES + "`launcher.nodes`, `launcher.ranks_per_node`",
+    "array": "MaxArraySize in `scontrol show config` is one above the largest index",
+    "qos|policy|limit": "`sacctmgr show qos` and `sacctmgr show associations` list the limits",
+    "dependency": "the queue does not know a job that it waits for",
+    "unrecognized option|invalid option": "`launcher.extra` holds options of `sbatch`",
+    "batch script|line breaks": "it comes from `launcher.template`",
+}
 
 
 class NotInstalled(EnvironmentProblem):
@@ -240,7 +236,9 @@ class Commands:
             try:
                 found = self.find(token, seconds=min(self.seconds, 10))
             except EnvironmentProblem:
-                hint = "it may be in the queue all the same: the same command looks for it first"
+                hint = (
+                    f"a job may be in the queue all the same: `squeue --me -o '%i %k'` shows it with the mark `{token}`"
+                )
                 raise Away(lost.message, hint) from None
             if found:
                 return found
@@ -311,12 +309,14 @@ def _check(said: Said, what: str) -> None:
         raise _later(what, told)
     if is_away(said):
         raise Away(f"Slurm does not answer: {told}")
-    hints = next((hints for form, hints in _HINTS if re.search(form, told, re.IGNORECASE)), ())
-    raise Refused(f"Slurm refuses {what}: {told}", *hints)
+    hints = [hint for form, hint in _HINTS.items() if re.search(form, told, re.IGNORECASE)]
+    raise Refused(f"Slurm refuses {what}: {told}", *hints[:1])
 
 
 def _later(what: str, told: str) -> TryLater:
-    return TryLater(f"Slurm does not take {what} now: {told}", "the same command goes on later, with the jobs it has")
+    return TryLater(
+        f"Slurm does not take {what} now: {told}", "try again later: the jobs that were sent stay in the queue"
+    )
 
 
 def _one_line(text: str) -> str:

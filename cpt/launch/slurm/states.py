@@ -53,6 +53,7 @@ _COLUMNS = {
     **{"exit_code": 10, "Partition": 200, "TimeLimit": 20, "NumNodes": 20, "NumCPUs": 20},
 }
 _NO_LIMIT = ("UNLIMITED", "365-00:00:00")  # the second once it runs
+_NO_LOG = 53  # in place of a signal: the script was not even begun
 _ID = re.compile(r"\d+(_\d+)?", re.ASCII)
 
 # Of an array that is asked for as one job: what one of its elements is, the whole is.
@@ -149,12 +150,13 @@ def _queue(commands: Commands, ids: Sequence[str], seconds: float) -> tuple[dict
     for row in rows(said, _COLUMNS):
         job, word, restarts, left, reason, nodes, code, partition, limit, num_nodes, num_cpus = row
         state = WORDS.get(word, UNKNOWN)
+        no_log = state == FAILED and _exit(code)[1] == _NO_LOG
         known = JobState(
             id=job,
             state=state,
             word=word,
             reason=_reason(state, "" if reason == "None" else reason, _exit(code)),
-            hint=_log_hint(state, reason),
+            hint="its log could not be opened: is the log's folder there, on the node too?" if no_log else "",
             nodes=nodes,
             restarts=int(restarts) if restarts.isdigit() else 0,
             seconds_left=parse_limit(left) if state == RUNNING and limit not in _NO_LIMIT else None,
@@ -230,16 +232,10 @@ def parse_accounts(text: str) -> dict[str, JobState]:
 
 def _reason(state: str, told: str, ended: tuple[int, int]) -> str:
     """Slurm's reason, or the exit code where that says more."""
-    if state == FAILED and told in ("", "NonZeroExitCode", "RaisedSignal"):
-        code, number = ended
-        return f"signal {number}" if number else f"exit code {code}"
-    return told
-
-
-def _log_hint(state: str, reason: str) -> str:
-    if state == FAILED and reason == "JobLaunchFailure":
-        return "its log could not be opened or its folder is missing on the node"
-    return ""
+    code, number = ended
+    if state != FAILED or number == _NO_LOG or told not in ("", "NonZeroExitCode", "RaisedSignal", "JobLaunchFailure"):
+        return told
+    return f"signal {number}" if number else f"exit code {code}"
 
 
 def _exit(status: str) -> tuple[int, int]:
