@@ -123,7 +123,7 @@ class Commands:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # Ctrl-C is for `cpt`: a submission that has begun is brought to its end
+                start_new_session=True,  # Ctrl-C in the terminal is for `cpt` alone
             )
         except (FileNotFoundError, PermissionError):
             raise _not_started(arguments[0], self.cwd) from None
