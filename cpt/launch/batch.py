@@ -132,6 +132,14 @@ class Batch(Launcher):
         """
 
     @abstractmethod
+    def describe(self, work: Work) -> str:
+        """What a job asks the queue for, for a plan: "2 nodes of 2 ranks, at most 4h".
+
+        Raises:
+            UsageError: the ranks do not fit.
+        """
+
+    @abstractmethod
     def log_of(self, work: Work, id: str, member: int | None = None) -> Path:
         """Where the script of a job prints.
 

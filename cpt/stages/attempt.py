@@ -23,7 +23,7 @@ from cpt.base import lock
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
 from cpt.base.files import read_json, write_json
 from cpt.checkpoint import store
-from cpt.launch import Launcher, batch, launcher_of, outcome
+from cpt.launch import Launcher, Work, batch, launcher_of, outcome
 from cpt.launch.batch import Batch, Inside
 from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
 from cpt.stages import STAGES, again, parents, record, state
@@ -67,6 +67,18 @@ def read_plan(run_dir: Path) -> RunPlan:
         raise UsageError(
             f"`{path}` is damaged: {error}", "`--fresh` starts again in a new folder, as another `name=` does"
         ) from None
+
+
+def work_of(stage: StagePlan, run_dir: Path, cwd: Path) -> Work:
+    """A stage as launchers see it.
+
+    Args:
+        cwd: where the person typed the command.
+    """
+    train = stage.train
+    layout = f"tp {train.parallel.tp}, pp {train.parallel.pp}, dp {train.parallel.dp}" if train else "one rank"
+    ranks = STAGES.get(stage.kind).num_ranks(stage)
+    return Work(run_dir=run_dir, stage=stage.name, world_size=ranks, layout=layout, python=sys.executable, cwd=cwd)
 
 
 def read_job(job_path: Path) -> tuple[RunPlan, Job]:

@@ -15,7 +15,6 @@ import dataclasses
 import errno
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from cpt.base.files import read_json, write_json
 from cpt.launch import Direct, Launch, Work, launcher_of
 from cpt.launch.batch import Batch, Sent
 from cpt.plan.types import RunPlan, StagePlan
-from cpt.stages import STAGES, again, decide, law_values, parents, record, reuse, send, state
+from cpt.stages import again, decide, law_values, parents, record, reuse, send, state
 from cpt.stages import attempt as attempts
 from cpt.stages.decide import Decision
 from cpt.stages.follow import Stop, follow
@@ -458,16 +457,7 @@ class _Stages:
         return Launch(**vars(self._work(attempt.stage)), attempt_dir=attempt.folder)
 
     def _work(self, stage: StagePlan) -> Work:
-        train = stage.train
-        layout = f"tp {train.parallel.tp}, pp {train.parallel.pp}, dp {train.parallel.dp}" if train else "one rank"
-        return Work(
-            run_dir=self.run_dir,
-            stage=stage.name,
-            world_size=STAGES.get(stage.kind).num_ranks(stage),
-            layout=layout,
-            python=sys.executable,
-            cwd=self.settings.cwd,
-        )
+        return attempts.work_of(stage, self.run_dir, self.settings.cwd)
 
     def _conclude(self, stage: StagePlan, attempt: attempts.Attempt, code: int) -> None:
         ended = state.read(attempt.stage_dir)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.registry import nearest, unknown
-from cpt.base.units import parse_duration
+from cpt.base.units import parse_duration, show_duration
 from cpt.launch import LAUNCHERS, Work
 from cpt.launch.batch import Batch, Inside, JobState, Order
 
@@ -244,6 +244,13 @@ class Slurm(Batch):
         if self.nodes is None or self.ranks_per_node is None:
             return None
         return self.nodes * self.ranks_per_node
+
+    def describe(self, work: Work) -> str:
+        from cpt.launch.slurm import script
+
+        nodes, ranks = script.shape(self, work)
+        text = f"{nodes} node{'s' if nodes > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}"
+        return f"{text}, at most {show_duration(self.seconds)}" if self.seconds is not None else text
 
     def write_script(self, work: Work, members: Sequence[str] = ()) -> Path:
         from cpt.launch.slurm import script
