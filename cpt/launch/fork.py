@@ -233,7 +233,7 @@ class _Watcher:
 
     def look(self, tree: _Tree) -> dict[str, Any] | None:
         """The failure when the ranks hang, with their stacks written. Looks every few seconds."""
-        if time.monotonic() - self._last < heartbeat.beat_seconds(self.hang_after):
+        if time.monotonic() - self._last < heartbeat.beat_seconds(self.hang_after, self.num_ranks):
             return None
         self._last = time.monotonic()
         beats = heartbeat.read_beats(self.attempt_dir, self.num_ranks)

@@ -49,9 +49,14 @@ def hang_after(environ: Mapping[str, str]) -> float:
         return HANG_SECONDS
 
 
-def beat_seconds(hang_after: float) -> float:
-    """How often a rank writes, so that a hang is found in time [s]."""
-    return min(BEAT_SECONDS, hang_after / 4) if hang_after else BEAT_SECONDS
+def beat_seconds(hang_after: float, world_size: int) -> float:
+    """How often a rank writes: so that a hang is found in time, and a file system has fewer than fifty of all a second.
+
+    Args:
+        hang_after: [s]; 0 = nobody looks for a hang.
+    """
+    seconds = max(BEAT_SECONDS, world_size / 50)
+    return min(seconds, hang_after / 4) if hang_after else seconds
 
 
 def beat_path(attempt_dir: Path, rank: int) -> Path:
@@ -97,7 +102,7 @@ class Heartbeat:
         self.attempt_dir, self.rank, self.world_size = attempt_dir, rank, world_size
         self.hang_after, self.is_watched = hang_after, is_watched
         self.fence = fence if rank == 0 else None
-        self._seconds = beat_seconds(hang_after)
+        self._seconds = beat_seconds(hang_after, world_size)
         self._stopped = threading.Event()
         self._noted: set[str] = set()
         self._closed = 0  # looks in a row at which the fence was closed
@@ -130,7 +135,9 @@ class Heartbeat:
             self._write()
             if self.fence is not None:
                 self._keep(self.fence)
-            if not self.is_watched:
+            still = time.monotonic() - pulse.current.moved
+            # Who still moves need not look: that would be the square of the ranks in files.
+            if not self.is_watched and (self.rank == 0 or still > self.hang_after):
                 with contextlib.suppress(OSError):
                     self._look()
 
@@ -211,7 +218,7 @@ def tell(attempt_dir: Path, beats: Mapping[int, Beat], told: set[str]) -> None:
     for name, text in watch.notes(beats):
         if name not in told:
             told.add(name)
-            step = max((b.step or 0 for b in beats.values()), default=0)
+            step = outcome.last_step(attempt_dir) or 0
             EventLog(attempt_dir / "events.jsonl").write("warning", step=step, text=text)
 
 
@@ -229,7 +236,7 @@ def failure(attempt_dir: Path, found: Hang) -> dict[str, Any]:
         "rank": found.rank,
         "kind": "hang",
         "error": found.text,
-        "step": found.step,
+        "at_step": found.step,  # under way; `step`, the last one done, is added from the events
         "doing": found.doing,
         "since": found.since,
         "ranks": list(found.ranks),

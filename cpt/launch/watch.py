@@ -55,6 +55,7 @@ class Hang:
         rank: the one to look at.
         silent: ranks without a sign of life: stopped, or their machine is gone.
         behind: of the others, those that are behind the rest; empty when all are at the same place.
+        step, doing: where it is, or where the others wait for a silent one.
         since: since when nothing moves [unix seconds].
         ranks: what each rank last did, for the record.
     """
@@ -94,34 +95,32 @@ def judge(beats: Mapping[int, Beat], now: float, hang_after: float) -> Hang | No
         if any(b.place != last for b in living.values()):
             behind = tuple(sorted(r for r, b in living.items() if b.place == last))
     rank = silent[0] if silent else behind[0] if behind else min(living)
-    one = beats[rank]
+    # What a silent rank said last may be older than what it did: the living ones say where they wait for it.
+    at = living[min(living)] if silent and living else beats[rank]
     return Hang(
         rank=rank,
-        pid=one.pid,
-        host=one.host,
+        pid=beats[rank].pid,
+        host=beats[rank].host,
         silent=silent,
         behind=behind,
-        step=one.step if not silent else max((b.step for b in beats.values() if b.step is not None), default=None),
-        doing=one.doing,
+        step=at.step,
+        doing=at.doing,
         since=since,
-        text=_text(one, living.get(min(living)) if living else None, silent, behind, since, now),
+        text=_text(beats[rank], at, silent, behind, since, now),
         ranks=tuple(
             {"rank": b.rank, "doing": b.doing, "step": b.step, "host": b.host} for _, b in sorted(beats.items())
         ),
     )
 
 
-def _text(
-    one: Beat, living: Beat | None, silent: tuple[int, ...], behind: tuple[int, ...], since: float, now: float
-) -> str:
+def _text(one: Beat, at: Beat, silent: tuple[int, ...], behind: tuple[int, ...], since: float, now: float) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(since))
     head = f"nothing has moved for {show_duration(now - since)} (since {clock})"
-    at = living if silent and living else one  # what a silent rank said last may be older than what it did
     where = f"in `{at.doing}`" + (f" of step {at.step}" if at.step is not None else "")
     others = [r for r in silent or behind if r != one.rank]
     too = f"; so {'are' if len(others) > 1 else 'is'} {_ranks(others)}" if others else ""
     if silent:
-        where = f"others wait {where}" if living else f"it was {where}"
+        where = f"it was {where}" if at is one else f"others wait {where}"
         return f"{head}: rank {one.rank} on `{one.host}` is without a sign of life, {where}{too}"
     if behind:
         return f"{head}: rank {one.rank} is behind the others, {where}{too}"

@@ -121,13 +121,13 @@ def start(prepared: SmallRun, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_a_stopped_rank_is_found_and_named_and_nothing_is_left(start: Start) -> None:
-    run = start(environ={"CPT_HANG_AFTER": "4"})
+    run = start(environ={"CPT_HANG_AFTER": "6"})
     run.wait_until(lambda: run.steps() >= 3)
     pids = run.pids()
     begun = time.monotonic()
     os.kill(run.beat(1)["pid"], signal.SIGSTOP)
     assert run.tops[0].wait(40) == 1
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 20
     found = run.failure()
     assert (found["kind"], found["rank"]) == ("hang", 1) and found["step"] >= 3
     assert "rank 1 on" in found["error"] and "without a sign of life" in found["error"]
@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_found_and_named_and_nothing_is_left(start: Start) -> 
 
 
 def test_without_a_parent_the_living_ranks_find_it_and_end_themselves(start: Start) -> None:
-    run = start(alone=True, environ={"CPT_HANG_AFTER": "4"})
+    run = start(alone=True, environ={"CPT_HANG_AFTER": "6"})
     run.wait_until(lambda: run.steps() >= 3)
     os.kill(run.tops[1].pid, signal.SIGSTOP)
     assert run.tops[0].wait(40) == 1
@@ -152,10 +152,10 @@ def test_without_a_parent_the_living_ranks_find_it_and_end_themselves(start: Sta
 
 def test_a_rank_that_is_slow_is_told_and_one_that_is_stuck_shows_where(start: Start) -> None:
     at = 25
-    run = start(environ={"CPT_HANG_AFTER": "5"}, methods={"test_sabotage": {"what": "stuck", "step": at}})
+    run = start(environ={"CPT_HANG_AFTER": "6"}, methods={"test_sabotage": {"what": "stuck", "step": at}})
     assert run.tops[0].wait(90) == 1
     found = run.failure()
-    assert found["kind"] == "hang" and found["step"] == at + 1
+    assert found["kind"] == "hang" and (found["step"], found["at_step"]) == (at, at + 1)
     assert "small_run.py" in (run.attempt_dir / "stacks" / "rank_0001.txt").read_text()
     assert "small_run.py" not in (run.attempt_dir / "stacks" / "rank_0000.txt").read_text()
     texts = [e["text"] for e in run.events("warning")]
@@ -217,7 +217,7 @@ def test_in_a_batch_job_rank_0_keeps_the_lock_alive_and_ends_when_it_is_taken_ov
     stage_dir = tmp_path / "stages" / "only"
     first, _ = lock.take(stage_dir, lock.holder_of(os.getpid(), "a script", job="7"))
     job = {"fence": first.holder.token, "queue_job": "7"}
-    run = start(1, alone=True, job=job, environ={"CPT_HANG_AFTER": "4"}, saving=Saving(every_steps=None))
+    run = start(1, alone=True, job=job, environ={"CPT_HANG_AFTER": "6"}, saving=Saving(every_steps=None))
     run.wait_until(lambda: run.steps() >= 2)
     os.utime(first.path, (1, 1))
     run.wait_until(lambda: first.path.stat().st_mtime > 1, 10)
