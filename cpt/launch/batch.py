@@ -78,7 +78,7 @@ class Sent:
     """A submitted job.
 
     Args:
-        id: of the queue; of an array element `95_2`.
+        id: of the queue; of an array element `95_2`. Empty while the queue has not answered.
         token: unique mark that the queue keeps with the job: finds it when the submission's answer was lost.
         log: what the script itself prints; ranks have their own logs in the attempt.
         after: ids of the jobs that it waits for.
@@ -157,6 +157,14 @@ class Batch(Launcher):
         """
 
     @abstractmethod
+    def find(self, token: str) -> str | None:
+        """The job of a token, whose submission had no answer.
+
+        Raises:
+            EnvironmentProblem: the queue does not answer.
+        """
+
+    @abstractmethod
     def ask(self, ids: Sequence[str]) -> dict[str, JobState]:
         """State of each job, by id; one question for all. Never raises: what cannot be asked is `unknown`."""
 
@@ -183,7 +191,17 @@ def _sent(value: Mapping[str, Any]) -> Sent:
 
 
 def note_sent(run_dir: Path, stage: str, job: Sent) -> None:
-    """Add a job to what was sent."""
+    """Add a job to what was sent, or put it in the place of the one of its token."""
     sent = read_sent(run_dir)
-    sent[stage] = (*sent.get(stage, ()), job)
+    sent[stage] = (*(j for j in sent.get(stage, ()) if j.token != job.token), job)
+    _write(run_dir, sent)
+
+
+def forget(run_dir: Path, token: str) -> None:
+    """Take a submission out of what was sent: there is no job of it."""
+    sent = {stage: tuple(j for j in jobs if j.token != token) for stage, jobs in read_sent(run_dir).items()}
+    _write(run_dir, {stage: jobs for stage, jobs in sent.items() if jobs})
+
+
+def _write(run_dir: Path, sent: Mapping[str, Sequence[Sent]]) -> None:
     write_json(run_dir / NAME, {s: [asdict(j) for j in jobs] for s, jobs in sent.items()})

@@ -107,7 +107,7 @@ def _ask(folders: Sequence[Path]) -> dict[str, JobState]:
         made = launcher_of(read_plan(folder).launcher)
         if isinstance(made, Batch):
             launcher = made
-            ids += [job.id for n in open_stages for job in sent[n]]
+            ids += [job.id for n in open_stages for job in sent[n] if job.id]
     return launcher.ask(ids) if launcher is not None else {}
 
 

@@ -43,7 +43,7 @@ def behind(plan: RunPlan, name: str) -> list[str]:
 
 def states(run_dir: Path, launcher: Batch) -> dict[str, JobState]:
     """What the queue says about every job of a run, by id."""
-    ids = [job.id for jobs in batch.read_sent(run_dir).values() for job in jobs]
+    ids = [job.id for jobs in batch.read_sent(run_dir).values() for job in jobs if job.id]
     return launcher.ask(ids) if ids else {}
 
 
@@ -60,6 +60,8 @@ def refuse_active(run_dir: Path) -> None:
     launcher = launcher_of(read_plan(run_dir).launcher)  # of the plan as it was sent
     if not isinstance(launcher, Batch):
         return
+    _settle(run_dir, launcher)
+    sent = batch.read_sent(run_dir)
     found = states(run_dir, launcher)
     active = [f"{job.id} (`{stage}`)" for stage, jobs in sent.items() for job in jobs if is_active(found, job)]
     if active:
@@ -71,6 +73,17 @@ def refuse_active(run_dir: Path) -> None:
         raise EnvironmentProblem(
             f"the queue does not answer, and it may still have jobs of `{run_dir}`", "try again when it does"
         )
+
+
+def _settle(run_dir: Path, launcher: Batch) -> None:
+    """Learn what became of submissions that had no answer."""
+    for stage, jobs in batch.read_sent(run_dir).items():
+        for job in jobs:
+            if not job.id:
+                id = launcher.find(job.token)
+                batch.forget(run_dir, job.token)
+                if id is not None:
+                    batch.note_sent(run_dir, stage, dataclasses.replace(job, id=id))
 
 
 def is_active(found: Mapping[str, JobState], job: Sent) -> bool:
@@ -102,11 +115,21 @@ def send(
                 for job in jobs:
                     batch.note_sent(work.run_dir, member, job)
                 write("job", stage=member, id=jobs[0].id, after=list(jobs[0].after))
-    except CptError:
+    except CptError as error:
         _take_back(launcher, sent)
+        if isinstance(error, UsageError):  # refused: there is no such job
+            _drop_unanswered(works)
         raise
     _name_stuck(launcher, sent, write)
     return sent
+
+
+def _drop_unanswered(works: Mapping[str, Work]) -> None:
+    run_dir = next(iter(works.values())).run_dir
+    for jobs in batch.read_sent(run_dir).values():
+        for job in jobs:
+            if not job.id:
+                batch.forget(run_dir, job.token)
 
 
 def _array(plan: RunPlan, works: Mapping[str, Work], name: str) -> list[str]:
@@ -146,7 +169,10 @@ def _send_one(
             after=after if not jobs else (),
             after_failed=jobs[-1][0] if jobs else None,
         )
+        # Noted before: the job may exist although its answer is lost.
+        batch.note_sent(work.run_dir, members[0], Sent(id="", token=order.token, script=str(script), log=""))
         jobs.append((launcher.submit(order), order))
+        batch.forget(work.run_dir, order.token)
     found: dict[str, tuple[Sent, ...]] = {}
     for i, member in enumerate(members):
         found[member] = tuple(
@@ -235,6 +261,8 @@ def cancel(run_dir: Path, *, now: bool = False) -> dict[str, str]:
     launcher = launcher_of(read_plan(run_dir).launcher)
     if not sent or not isinstance(launcher, Batch):
         return {}
+    _settle(run_dir, launcher)
+    sent = batch.read_sent(run_dir)
     found = states(run_dir, launcher)
     if any(s.state == batch.UNKNOWN for s in found.values()):
         raise EnvironmentProblem("the queue does not answer", "jobs that start now stop by themselves; try again")

@@ -287,6 +287,11 @@ class Slurm(Batch):
         text = dependency(order.after, order.after_failed)
         return Commands().submit(order.script, order.token, text)
 
+    def find(self, token: str) -> str | None:
+        from cpt.launch.slurm.commands import Commands
+
+        return Commands().find(token)
+
     def ask(self, ids: Sequence[str]) -> dict[str, JobState]:
         from cpt.launch.slurm.commands import Commands
         from cpt.launch.slurm.states import ask
