@@ -14,6 +14,7 @@ import contextlib
 import gc
 import importlib
 import os
+import platform
 import signal
 import sys
 import time
@@ -23,9 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from cpt.base import processes
+from cpt.base import processes, pulse
 from cpt.base.errors import DONE, GUARD, SAVED
 from cpt.launch import heartbeat, outcome, watch
+from cpt.launch.watch import Beat
 
 PARENT_VARIABLE = "CPT_PARENT_PID"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -229,6 +231,7 @@ class _Watcher:
     def __init__(self, attempt_dir: Path, num_ranks: int, hang_after: float) -> None:
         self.attempt_dir, self.num_ranks, self.hang_after = attempt_dir, num_ranks, hang_after
         self._last = time.monotonic()
+        self._begun = time.time()
         self._told: set[str] = set()
 
     def look(self, tree: _Tree) -> dict[str, Any] | None:
@@ -239,12 +242,22 @@ class _Watcher:
         beats = heartbeat.read_beats(self.attempt_dir, self.num_ranks)
         with contextlib.suppress(OSError):
             heartbeat.tell(self.attempt_dir, beats, self._told)
-        hang = watch.judge(beats, time.time(), self.hang_after)
-        if hang is None or tree.ended:  # one that has ended is the reason why the others wait
+        if any(status not in (DONE, SAVED, GUARD) for status in tree.ended.values()):
+            return None  # the reason why the others wait
+        hang = watch.judge(self._of_living(beats, tree), time.time(), self.hang_after)
+        if hang is None:
             return None
         pids = {rank: pid for pid, rank in tree.living.items() if rank not in hang.silent}
         heartbeat.dump_stacks(self.attempt_dir, pids)
         return heartbeat.failure(self.attempt_dir, hang)
+
+    def _of_living(self, beats: dict[int, Beat], tree: _Tree) -> dict[int, Beat]:
+        """Signs of life of the ranks that have not ended; one that never gave any has been silent since the fork."""
+        first = {"host": platform.node(), "t": self._begun, "doing": pulse.START, "moved": self._begun}
+        return {
+            rank: beats.get(rank) or Beat(rank=rank, pid=pid, step=None, count=0, **first)  # type: ignore[arg-type]
+            for pid, rank in tree.living.items()
+        }
 
 
 def _watch(tree: _Tree, num_ranks: int, tick: Callable[[], bool], watcher: _Watcher) -> None:

@@ -137,7 +137,7 @@ class Heartbeat:
                 self._keep(self.fence)
             still = time.monotonic() - pulse.current.moved
             # Who still moves need not look: that would be the square of the ranks in files.
-            if not self.is_watched and (self.rank == 0 or still > self.hang_after):
+            if not self.is_watched and (self.rank == 0 or still > self.hang_after > 0):
                 with contextlib.suppress(OSError):
                     self._look()
 

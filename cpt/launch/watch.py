@@ -81,8 +81,10 @@ def judge(beats: Mapping[int, Beat], now: float, hang_after: float) -> Hang | No
         hang_after: without progress on any rank [s]; 0 = never.
     """
     # Before its first word and after its last one a rank may take its time: libraries are imported, a law is fitted.
-    working = {r: b for r, b in beats.items() if b.doing not in (pulse.START, pulse.END)}
-    if not hang_after or not working:
+    # It gives signs of life all the same: one that stays silent is waited for by the others.
+    working = any(b.doing not in (pulse.START, pulse.END) for b in beats.values())
+    stopped = any(now - b.t > hang_after and b.doing == pulse.START for b in beats.values())
+    if not hang_after or not (working or stopped):
         return None
     since = max(b.moved for b in beats.values())
     if now - since <= hang_after:

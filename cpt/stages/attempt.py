@@ -117,6 +117,8 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
         start, parent = parents.resolve(plan, stage, run_dir)
         resume, skipped = store.newest_good(folder / "checkpoints")
         notes += [f"checkpoint `{path}` is passed over: {why}" for path, why in skipped]
+        if resume is None and start == "native" and parent is not None:
+            parents.refuse_damaged(stage, parent)
         number = max([old.attempt, *(int(p.name.removeprefix("attempt_")) for p in attempts(folder))]) + 1
         attempt_dir = folder / f"attempt_{number}"
         (attempt_dir / "logs").mkdir(parents=True)
@@ -277,12 +279,17 @@ def stop_asked(run_dir: Path) -> bool:
 
 
 def pulse(job_path: Path) -> Callable[[], bool]:
-    """What the ranks' parent does once a second: beat the stage's lock, and say whether a stop was asked for."""
+    """What the ranks' parent does once a second: beat the stage's lock if it is still its own, and say whether
+    a stop was asked for.
+    """
     folder = job_path.parent.parent
     run_dir = folder.parent.parent
+    token = read_json(job_path).get("fence")
+    fence = lock.Fence(folder, token) if token is not None else None
 
     def tick() -> bool:
-        lock.beat(folder / lock.NAME)
+        if fence is not None:
+            fence.beat()
         return stop_asked(run_dir)
 
     return tick
@@ -399,7 +406,7 @@ def verdict_on(attempt: Attempt, code: int, launcher: Launcher, *, asked: bool =
         code=code,
         is_fault=is_fault,
         is_asked=asked,
-        began_at=[_began_at(folder) for folder in attempts(attempt.stage_dir)],
+        began_at=[step for folder in attempts(attempt.stage_dir) if (step := _began_at(folder)) is not None],
         step=state.read(attempt.stage_dir).step or 0,
     )
     return again.decide(
@@ -410,9 +417,12 @@ def verdict_on(attempt: Attempt, code: int, launcher: Launcher, *, asked: bool =
     )
 
 
-def _began_at(attempt_dir: Path) -> int:
-    """The step at which an attempt went on."""
-    resume = read_json(attempt_dir / "job.json").get("resume")
+def _began_at(attempt_dir: Path) -> int | None:
+    """The step at which an attempt went on; None for one that was killed before it had begun."""
+    try:
+        resume = read_json(attempt_dir / "job.json").get("resume")
+    except FileNotFoundError:
+        return None
     return int(Path(resume).name.removeprefix("iter_")) if resume else 0
 
 

@@ -393,7 +393,9 @@ class _Stages:
             stage,
             decide.Found(
                 state=found,
-                missing=parents.missing_result(stage, done_home) if found.status == state.DONE else None,
+                missing=parents.missing_result(stage, done_home, deep=self._is_wanted(stage))
+                if found.status == state.DONE
+                else None,
                 step=int(newest.name.removeprefix("iter_")) if newest else None,
                 alike=alike,
                 changed=nearest.changed,
@@ -401,6 +403,16 @@ class _Stages:
                 parent_changed=nearest.parent_changed,
             ),
         )
+
+    def _is_wanted(self, stage: StagePlan) -> bool:
+        """Whether another stage is still to start from the end of this one."""
+        for child in self.plan.stages.values():
+            folder = attempts.stage_dir(self.run_dir, child.name)
+            if child.parent == stage.name and state.read(folder).status != state.DONE:
+                newest, _ = parents.store.newest_whole(folder / "checkpoints")
+                if newest is None:
+                    return True
+        return False
 
     def _refusal(self, stage: StagePlan, decision: Decision) -> CptError:
         message = f"stage `{stage.name}` {decision.why}"

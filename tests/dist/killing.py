@@ -52,13 +52,19 @@ class Runs:
 
     def start(self, runs: str, *overrides: str) -> Running:
         """Start `cpt run` in the background; its output goes to `<runs>.out`."""
+        return self._start(runs, "run", f"recipe={self.recipe}", f"runs={runs}", "name=it", *overrides)
+
+    def resume(self, runs: str) -> Running:
+        """Go on with a run in the background, by `cpt resume`."""
+        return self._start(runs, "resume", f"{runs}/it")
+
+    def _start(self, runs: str, *words: str) -> Running:
         run_dir = self.folder / runs / "it"
         before = {p.name: len(list(p.glob("attempt_*"))) for p in (run_dir / "stages").glob("*")}
-        words = [*self.command, "run", f"recipe={self.recipe}", f"runs={runs}", "name=it", *overrides]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         with open(self.folder / f"{runs}.out", "ab") as out:
             process = subprocess.Popen(
-                words, cwd=self.folder, env=environ, stdout=out, stderr=out, start_new_session=True
+                [*self.command, *words], cwd=self.folder, env=environ, stdout=out, stderr=out, start_new_session=True
             )
         return Running(process, run_dir, self.folder / f"{runs}.out", before=before)
 

@@ -87,7 +87,7 @@ class Slurm(Batch):
         retries: most attempts in a row that a fault of the machine ended without a step gained
         array_limit: most proxies of a law that run at once
         template: Jinja template of your own, instead of the one that comes with `cpt`
-        hang_after: no rank gains anything for so long: the attempt is ended, and the stacks are kept
+        hang_after: no rank gains anything for so long: the attempt is ended, and the stacks are kept; 0 = never
     """
 
     partition: str | None = None
@@ -142,7 +142,7 @@ class Slurm(Batch):
         for name in ("successors", "retries"):
             self._whole(name, 0)
         self._set("warn", int(_seconds("warn", self.warn, 1, MOST_WARN)))
-        self._set("hang_after", _seconds("hang_after", self.hang_after, 1, 10 * 86400))
+        self._set("hang_after", _seconds("hang_after", self.hang_after, 0, 10 * 86400))
         for name in ("interface", "srun_args", "wrap_command", "environment"):
             self._list(name)
         self._check_interface()

@@ -254,7 +254,7 @@ def test_any_words_are_quoted_as_the_shell_reads_them(words: list[str]) -> None:
                 ["/i.sqsh", {"image": "/i", "mounts": ["/a"]}, {"image": "/i", "workdir": "/w"}]
             ),
             "warn": st.sampled_from([30, "3m", "200s"]),
-            "hang_after": st.sampled_from([60, "30m", 1.5e3]),
+            "hang_after": st.sampled_from([0, 60, "30m", 1.5e3]),
         },
     )
 )

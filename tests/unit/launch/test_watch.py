@@ -67,3 +67,8 @@ def test_a_slow_rank_and_one_that_waits_for_data_are_noted() -> None:
     assert texts[0] == "rank 3 on `node3` is slow: 0.16 s for its part of a step, others 0.1 s; all wait for it"
     assert texts[1] == "rank 4 on `node4` waits for data 30% of the time: a slow disk?"
     assert notes(beats(beat(0, own_s=0.1), beat(1, own_s=0.14))) == []
+
+
+def test_a_rank_that_stops_before_its_first_word_is_found_all_the_same() -> None:
+    found = judge(beats(beat(0, doing="start", moved=0.0), beat(1, doing="start", moved=0.0, t=900.0)), NOW, 60)
+    assert found is not None and (found.rank, found.silent) == (1, (1,))
