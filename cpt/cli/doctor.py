@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -31,8 +32,9 @@ def command(launcher: Launcher = None, json: Json = False) -> int:
     runs = Path("runs").absolute()
     cache = Path(os.environ.get("CPT_CACHE") or ".cpt/cache").absolute()
     queue = scheduler.checks(*read_launcher(launcher), runs, cache) if launcher else ()
-    # Lazily: what a queue is asked depends on whether it answers.
-    found = check.run(chain(packages.checks(), queue, machine.checks(runs, cache), tracking.checks(os.environ)))
+    groups = (packages.checks(), queue, machine.checks(runs, cache), tracking.checks(os.environ))
+    with ThreadPoolExecutor(len(groups)) as pool:  # most of the time processes that they start load torch
+        found = [*chain.from_iterable(pool.map(check.run, groups))]
     if json:
         result_json([asdict(c) for c in found])
     else:

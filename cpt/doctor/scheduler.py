@@ -33,6 +33,7 @@ TRIED = "22.05"  # the release that this was tried with
 ALL_SECONDS, ONE_SECONDS = 7.0, 4.0  # for all questions together, and for one
 CLOCK_SECONDS = 3.0  # clocks that differ by more are named
 FAR_SECONDS = 366 * 86400  # a promised start that is further away means nothing
+EARLY_SECONDS = 60.0  # Slurm may send the signal before the limit so much earlier than asked
 SHORT_SECONDS = 60.0  # a save of a large model may take longer
 _NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "pvfs2", "orangefs", "panfs", "wekafs", "afs")
 _OWN = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -393,6 +394,9 @@ def _stops(asked: Asked, options: Slurm) -> Check:
     config = asked.config()
     kill = float(_number(config.get("KillWait", "30")))
     found = f"ranks save {options.warn} s before the time limit; `scancel` leaves them {kill:g} s"
+    if options.seconds is not None and options.seconds - options.warn < EARLY_SECONDS + SHORT_SECONDS:
+        hint = "Slurm may signal a minute early, and a job needs time to start: `launcher.time`, `launcher.warn`"
+        return Check("warn", "stops", f"{found}; that leaves little of {_length(options.seconds)} for work", hint)
     if config.get("PreemptType", "").endswith("/none"):
         return Check("ok", "stops", f"{found}; no preemption")
     if config.get("PreemptType", "").endswith("/qos"):

@@ -84,6 +84,8 @@ def test_what_the_cluster_would_not_take_fails(
 def test_what_works_with_losses_is_a_warning(ask: Callable[..., dict[str, Check]], cluster: Cluster) -> None:
     spot = ask(cluster, "launcher.partition=spot")["stops"]
     assert spot.status == "warn" and "a preempted job (REQUEUE) has 5 s" in spot.found
+    short = ask(cluster, "launcher.time=2m", "launcher.warn=30")["stops"]
+    assert short.status == "warn" and "little of 2 min for work" in short.found
     once = ask(cluster, "launcher.requeue=false")["requeue"]
     assert once.status == "warn" and "`launcher.requeue=true`" in once.hint
     again = ask(cluster, "launcher.requeue=false", "launcher.successors=2")["requeue"]
