@@ -10,6 +10,7 @@ In a batch job the second also decides whether the job goes back into the queue 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -393,12 +394,15 @@ def _word(attempt: Attempt, code: int, launcher: Batch) -> str:
     return {DONE: "done", GUARD: "guard", SAVED: "stopped"}.get(code, "failed")
 
 
-def verdict_on(attempt: Attempt, code: int, launcher: Launcher, *, asked: bool = False) -> tuple[str, str]:
+def verdict_on(
+    attempt: Attempt, code: int, launcher: Launcher, *, asked: bool = False, first: int = 1
+) -> tuple[str, str]:
     """Whether a stage is tried again by itself, see `again.decide`. The attempt's end has been recorded.
 
     Args:
         code: what `finish` gave.
         asked: somebody has asked for a stop.
+        first: the attempt that counting begins with: what went wrong before a person looked counts no more.
     """
     failure = attempt.folder / "failure.json"
     is_fault = code not in (DONE, SAVED, GUARD) and outcome.is_machine_fault(read_json(failure))
@@ -406,7 +410,7 @@ def verdict_on(attempt: Attempt, code: int, launcher: Launcher, *, asked: bool =
         code=code,
         is_fault=is_fault,
         is_asked=asked,
-        began_at=[step for folder in attempts(attempt.stage_dir) if (step := _began_at(folder)) is not None],
+        began_at=_began_at(attempt.stage_dir, first),
         step=state.read(attempt.stage_dir).step or 0,
     )
     return again.decide(
@@ -417,13 +421,15 @@ def verdict_on(attempt: Attempt, code: int, launcher: Launcher, *, asked: bool =
     )
 
 
-def _began_at(attempt_dir: Path) -> int | None:
-    """The step at which an attempt went on; None for one that was killed before it had begun."""
-    try:
-        resume = read_json(attempt_dir / "job.json").get("resume")
-    except FileNotFoundError:
-        return None
-    return int(Path(resume).name.removeprefix("iter_")) if resume else 0
+def _began_at(stage_dir: Path, first: int = 1) -> list[int]:
+    """The steps at which the attempts from `first` on went on; those killed before they had begun are left out."""
+    found = []
+    for folder in attempts(stage_dir):
+        if int(folder.name.removeprefix("attempt_")) >= first:
+            with contextlib.suppress(FileNotFoundError):
+                resume = read_json(folder / "job.json").get("resume")
+                found.append(int(Path(resume).name.removeprefix("iter_")) if resume else 0)
+    return found
 
 
 def _ourselves() -> set[int]:

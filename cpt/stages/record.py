@@ -46,10 +46,11 @@ def write_plan(run_dir: Path, plan: RunPlan) -> None:
 
 
 def write_command(run_dir: Path, command: Sequence[str], now: float) -> None:
-    """Append the command as typed to `command.txt`, with its time."""
+    """Append the command as typed to `command.txt`, with its time; whole or not at all, as `cpt resume` reads it."""
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(now))
-    with open(run_dir / "command.txt", "a", encoding="utf-8") as file:
-        file.write(f"# {when}\n{shlex.join(command)}\n")
+    path = run_dir / "command.txt"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomic(path, f"{old}# {when}\n{shlex.join(command)}\n")
 
 
 def environment(cwd: Path, environ: Mapping[str, str], now: float) -> dict[str, Any]:

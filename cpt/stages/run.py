@@ -303,6 +303,7 @@ class _Stages:
         self.changes = changes
         self.launcher = launcher_of(self.plan.launcher)
         self.to_send: list[StagePlan] = []
+        self.first: dict[str, int] = {}  # by stage the first attempt of this command
         self.again = shlex.join(settings.command)
         self.latest: dict[str, Any] = {
             "run": self.plan.name,
@@ -454,7 +455,8 @@ class _Stages:
             )
         finally:
             code = attempts.finish(attempt, code, now=killed)
-        verdict, why = attempts.verdict_on(attempt, code, self.launcher, asked=self.stop.asked)
+        first = self.first.setdefault(stage.name, attempt.job.attempt)
+        verdict, why = attempts.verdict_on(attempt, code, self.launcher, asked=self.stop.asked, first=first)
         if verdict == again.REPEAT:
             ended = state.read(attempt.stage_dir)
             self._mark(stage, ended.status, ended.reason)

@@ -89,7 +89,7 @@ class Fault:
 
     def text(self) -> str:
         where = f"{self.stage} step {self.step}" if self.stage else "before the first step"
-        return f"{self.kind:8} {where:22} {self.ended:22} {self.seconds:5.1f} s  {self.wrong}".rstrip()
+        return f"{self.kind:8} {where:22} {self.ended:38} {self.seconds:5.1f} s  {self.wrong}".rstrip()
 
 
 @dataclass
@@ -237,8 +237,8 @@ class Faulted:
                 os.kill(victim, number)
         ended, wrong = self._settle(running, attempts, patience=20.0 if kind == "disk" else _LONGEST)
         seconds = time.monotonic() - begin
-        if kind == "corpus" and not self.done and running.process.poll() is not None:
-            ended += self._without_corpus()
+        if kind in ("corpus", "disk") and not self.done:
+            ended += self._meanwhile()
         undo()
         if kind == "command" and ended != "exit -9":
             wrong += f" wanted -9 of {ended}"
@@ -271,13 +271,13 @@ class Faulted:
         wrong = f"processes {left} live on" if left else f"{held} still locked" if held else ""
         return "done" if self.done else f"exit {code}", wrong
 
-    def _without_corpus(self) -> str:
-        """One try while a file is away: it is refused, or the file is made again."""
+    def _meanwhile(self) -> str:
+        """One try while a disk is full or a file away: it is refused; or the file is not needed, or made again."""
         running = self.go_on()
         before = self._steps()
         with contextlib.suppress(_Ended):
             _until(running, lambda: self._steps() > before, 0.05)
-            return ", then made again"
+            return ", then worked on"
         code = running.process.wait()
         self.done = code == 0
         return f", then exit {code}"
@@ -298,7 +298,7 @@ class Faulted:
         prepared = sorted(self.runs.folder.glob("**/corpora/*/train.bin"))
         given = sorted(self.runs.folder.glob("*.jsonl"))
         path = self.chance.choice(prepared if self.chance.random() < 0.6 else given)
-        away = path.with_name(f"{path.name}.away")
+        away = self.runs.folder / f"{path.name}.away"  # not beside it: a corpus that is made again is a new folder
         os.rename(path, away)
 
         def back() -> None:

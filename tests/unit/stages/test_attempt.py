@@ -25,7 +25,9 @@ def test_the_pulse_beats_its_own_lock_alone(tmp_path: Path) -> None:
     assert tick() is True and other.path.stat().st_mtime == 1
 
 
-def test_an_attempt_killed_before_its_job_was_written_counts_for_nothing(tmp_path: Path) -> None:
-    assert attempt._began_at(tmp_path) is None
-    write_json(tmp_path / "job.json", {"resume": "checkpoints/iter_0000012"})
-    assert attempt._began_at(tmp_path) == 12
+def test_attempts_that_never_began_and_those_of_an_earlier_command_do_not_count(tmp_path: Path) -> None:
+    for number, resume in ((1, None), (2, "checkpoints/iter_0000012"), (4, "checkpoints/iter_0000012")):
+        write_json(tmp_path / f"attempt_{number}" / "job.json", {"resume": resume})
+    (tmp_path / "attempt_3").mkdir()  # killed before its job was written
+    assert attempt._began_at(tmp_path) == [0, 12, 12]
+    assert attempt._began_at(tmp_path, first=3) == [12]
