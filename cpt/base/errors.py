@@ -51,6 +51,12 @@ class StageFailed(CptError):
     exit_code = FAILED
 
 
+class Fenced(CptError):
+    """Another attempt has taken over the work; this one publishes nothing any more."""
+
+    exit_code = FAILED
+
+
 class GuardStop(CptError):
     """A `stop_if` guard ended the run; the checkpoint is kept."""
 

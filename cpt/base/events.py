@@ -19,7 +19,7 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
     stage_end    step, tokens, seconds
 
 Kinds written by the orchestrator (`events.jsonl` of the run): run_start (command, plan id), stage (stage, status,
-reason), data (source, tokens, seconds), run_end (exit_code, reason).
+reason), job (stage, id of the queue, after: ids), data (source, tokens, seconds), run_end (exit_code, reason).
 """
 
 from __future__ import annotations

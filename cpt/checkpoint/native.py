@@ -64,10 +64,13 @@ def begin_save(
     ranks: Ranks,
     created: float = 0.0,
     asynchronous: bool = False,
+    may_seal: Callable[[], None] = lambda: None,
 ) -> Callable[[], None]:
     """Take everything that is to be saved and make room; the returned call writes it and must be made on all ranks.
 
-    With `asynchronous` nothing live is kept: training may go on before the call and during it, in another thread.
+    Args:
+        asynchronous: nothing live is kept: training may go on before the call and during it, in another thread.
+        may_seal: called on the first rank before the manifest is written; raises where that must not be.
 
     Raises:
         StageFailed: no room on the disk, or the optimizer's main weights are not the model's.
@@ -88,7 +91,7 @@ def begin_save(
                         written.append(torch_dist.write_records(folder, f"__{ranks.rank}_0.distcp", chunks, objects))
                 except OSError as error:
                     raise _write_error(folder, needed, error) from error
-            ranks.on_first(lambda: _seal(folder, [w for w in written if w], common, draft, needed))
+            ranks.on_first(lambda: _seal(folder, [w for w in written if w], common, draft, needed, may_seal))
         except Exception:
             # Not collective: ranks that are still here must not wait for one that is gone.
             if ranks.rank == 0:
@@ -172,11 +175,19 @@ def _write_error(folder: Path, needed: int, error: OSError) -> StageFailed:
     )
 
 
-def _seal(folder: Path, written: list[Any], common: dict[str, Any], draft: Manifest, needed: int) -> None:
+def _seal(
+    folder: Path,
+    written: list[Any],
+    common: dict[str, Any],
+    draft: Manifest,
+    needed: int,
+    may_seal: Callable[[], None],
+) -> None:
     try:
         records = [record for part, _ in written for record in part]
         files = {name: facts for _, part in written for name, facts in part.items()}
         files |= torch_dist.finish(folder, records, common)
+        may_seal()
         manifests.write(folder, dataclasses.replace(draft, files=dict(sorted(files.items()))))
     except OSError as error:
         raise _write_error(folder, needed, error) from error

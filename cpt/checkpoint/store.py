@@ -3,9 +3,13 @@
     stages/<stage>/checkpoints/
         iter_0000100/                         Megatron torch_dist files + manifest.json, written last
         latest_checkpointed_iteration.txt     what Megatron itself looks for
+        .writing-3-iter_0000200/              attempt 3 is saving
+        .damaged-iter_0000150/                bytes were not what the manifest says; kept for a person to look at
 
-A checkpoint is written into its final folder and counts only once the manifest is there; it is removed by renaming it
-away first. So whatever is killed and whenever, a folder is whole, or it is known not to be.
+A checkpoint is written under a name of its attempt and appears by one rename once its manifest is there; it is removed
+by renaming it away first. So whatever is killed and whenever, a folder is whole, or it is known not to be. Before
+anything appears or goes, the writer looks whether the stage's lock is still its own (`fence`): an attempt that was cut
+off and taken over publishes nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +20,19 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from cpt.base.errors import StageFailed, UsageError
+from cpt.base.errors import Fenced, StageFailed, UsageError
 from cpt.base.files import fsync_folder, read_json, write_atomic
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.manifest import Manifest, Origin, is_whole, why_not_whole
 from cpt.plan.types import Retain, Saving
 
 if TYPE_CHECKING:
+    from cpt.base.lock import Fence
     from cpt.engine.ports import Engine, Progress
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "checkpoint_folders",
     "folder_name",
     "is_whole",
+    "newest_good",
     "newest_whole",
     "resolve",
     "steps",
@@ -41,10 +48,13 @@ __all__ = [
     "why_not_whole",
 ]
 
+T = TypeVar("T")
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's folder for weights that belong to no step, as a converted model's
 _FOLDER = re.compile(r"iter_(\d{7,})")
-_REMOVED, _NEW = ".removing-", ".writing-"
+_REMOVED, _NEW, _DAMAGED = ".removing-", ".writing-", ".damaged-"
+_WRITING = re.compile(r"\.writing-(?:(\d+)-)?(iter_\d{7,})")
+_CHECK_THREADS = 4
 
 
 def folder_name(step: int) -> str:
@@ -80,6 +90,70 @@ def newest_whole(checkpoints: str | os.PathLike[str]) -> tuple[Path | None, list
             return folder, skipped
         skipped.append((folder, why))
     return None, skipped
+
+
+def newest_good(
+    checkpoints: str | os.PathLike[str], *, deep: bool = True
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose bytes are those that were written, and the newer ones that had to be skipped.
+
+    To be called by whoever holds the stage's lock, before ranks start. A damaged checkpoint is renamed (the reason says
+    how), so that nobody takes it for a good one later and its step can be saved again. One whose save was complete but
+    for its last rename appears.
+
+    Args:
+        deep: read all bytes and compare their CRC-32 with the manifest's, not the sizes alone.
+    """
+    checkpoints = Path(checkpoints)
+    for new in checkpoints.glob(f"{_NEW}*"):
+        _settle(new)
+    skipped: list[tuple[Path, str]] = []
+    for _, folder in reversed(steps(checkpoints)):
+        why = why_not_whole(folder)
+        if why is None and deep:
+            why = why_damaged(folder)
+        if why is None:
+            return folder, skipped
+        if _is_damage(folder):
+            why = f"{why}; it is kept as `{_set_aside(folder).name}`"
+        skipped.append((folder, why))
+    return None, skipped
+
+
+def why_damaged(folder: Path) -> str | None:
+    """Which file of a whole checkpoint has other bytes than were written; None when none has. Reads everything."""
+    from cpt.checkpoint import verify
+
+    try:
+        sums = verify.file_sums(folder)
+    except UsageError as error:
+        return error.message
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        return next((why for why in pool.map(lambda s: s.why_wrong(lambda _: None), sums) if why is not None), None)
+
+
+def _is_damage(folder: Path) -> bool:
+    """Whether what is wrong with a checkpoint will stay so: not an unfinished save, not one of a newer release."""
+    try:
+        value = read_json(folder / manifests.NAME)
+    except OSError:  # no manifest: `clean` removes it
+        return False
+    except ValueError:
+        return True
+    return (
+        isinstance(value, dict)
+        and value.get("format") == manifests.FORMAT
+        and value.get("version") == manifests.VERSION
+    )
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is none any more."""
+    names = (f"{_DAMAGED}{folder.name}" + (f".{n}" if n else "") for n in range(1000))
+    target = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    os.rename(folder, target)
+    fsync_folder(folder.parent)
+    return target
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -173,8 +247,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def replace(folder: Path, new: Path) -> None:
-    """Put a whole new checkpoint in the place of an old one."""
+def publish(folder: Path, new: Path) -> None:
+    """Let a whole new checkpoint appear, in the place of an old one if there is one."""
+    if not folder.exists():
+        os.rename(new, folder)
+        fsync_folder(folder.parent)
+        return
     gone = folder.with_name(f"{_REMOVED}{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(folder, gone)
@@ -183,19 +261,37 @@ def replace(folder: Path, new: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def clean(checkpoints: Path) -> list[Path]:
-    """Remove what killed saves and removals left behind (folders without a manifest); gives their names."""
+def clean(checkpoints: Path, attempt: int | None = None) -> list[Path]:
+    """Remove what killed saves and removals left behind; gives the checkpoints that never got whole.
+
+    Args:
+        attempt: whose turn it is: what later attempts are writing stays. None = there is no later one.
+    """
+    left = []
     for new in checkpoints.glob(f"{_NEW}*"):
-        folder = new.with_name(new.name.removeprefix(_NEW))
-        if is_whole(new) and not folder.exists():  # killed between the two renames of `replace`
-            os.rename(new, folder)
-        shutil.rmtree(new, ignore_errors=True)
+        match = _WRITING.fullmatch(new.name)
+        if match and match[1] and attempt is not None and int(match[1]) > attempt:
+            continue
+        if not _settle(new):
+            if match and not is_whole(new):
+                left.append(new.with_name(match[2]))
+            shutil.rmtree(new, ignore_errors=True)
     for entry in checkpoints.glob(f"{_REMOVED}*"):
         shutil.rmtree(entry, ignore_errors=True)
-    left = [folder for _, folder in steps(checkpoints) if not (folder / manifests.NAME).exists()]
-    for folder in left:
-        remove(folder)
+    for _, folder in steps(checkpoints):
+        if not (folder / manifests.NAME).exists():
+            remove(folder)
+            left.append(folder)
     return left
+
+
+def _settle(new: Path) -> bool:
+    """Let a save appear that was killed between its manifest and its rename; whether it was one."""
+    match = _WRITING.fullmatch(new.name)
+    if match is None or not is_whole(new) or (folder := new.with_name(match[2])).exists():
+        return False
+    publish(folder, new)
+    return True
 
 
 class StageStore:
@@ -209,8 +305,11 @@ class StageStore:
         saving: what stays, and whether writing goes on while training does.
         origin: what the engine cannot know: stage, plan, parent, tokenizer.
         keep_steps: steps whose checkpoints are never removed.
+        fence: of the attempt; None = nobody can take the stage over.
         warn: called on rank 0 with one line for a person.
         clock: gives the time [unix seconds].
+
+    Every method raises Fenced once another attempt has taken the stage over; nothing is published or removed then.
     """
 
     def __init__(
@@ -220,6 +319,7 @@ class StageStore:
         *,
         origin: Origin,
         keep_steps: Sequence[int] = (),
+        fence: Fence | None = None,
         warn: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -229,17 +329,42 @@ class StageStore:
         self.saving = saving
         self.origin = origin
         self.keep_steps = tuple(keep_steps)
+        self.fence = fence
         self.warn = warn
         self.clock = clock
         self._ranks = Ranks()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last: Path | None = None  # what this store wrote last: the engine has not been there since
-        if self._ranks.rank == 0:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for folder in clean(self.checkpoints):
-                self.warn(f"removed `{folder}`, whose save never finished")
-        self._ranks.barrier()
+        self._on_first(self._clean)
+
+    def _clean(self) -> None:
+        self._check_fence()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in clean(self.checkpoints, self.origin.attempt):
+            self.warn(f"removed `{folder}`, whose save never finished")
+
+    def _check_fence(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
+
+    @contextlib.contextmanager
+    def _fenced(self) -> Iterator[None]:
+        """Whoever has taken the stage over removes what this attempt writes or looks at: then that is the error."""
+        try:
+            yield
+        except Exception:
+            self._check_fence()
+            raise
+
+    def _on_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives on the first rank, on all ranks."""
+
+        def guarded() -> T:
+            with self._fenced():
+                return call()
+
+        return self._ranks.on_first(guarded)
 
     def newest_whole(self) -> Path | None:
         """The newest whole checkpoint of this stage, the same on all ranks; skipped ones are named by `warn`."""
@@ -252,7 +377,7 @@ class StageStore:
                 self.warn(f"checkpoint `{folder}` is not whole and was skipped: {why}; {instead}")
             return found
 
-        return self._ranks.on_first(look)
+        return self._on_first(look)
 
     def save(self, engine: Engine, progress: Progress, *, phase: str) -> Path:
         """Write `iter_<step>` whole or not at all; with `saving.asynchronous` in the background until `wait`.
@@ -262,17 +387,18 @@ class StageStore:
 
         Raises:
             StageFailed: the disk is full or a rank cannot write. The partial folder is gone, older checkpoints stay.
+            Fenced: another attempt has taken the stage over.
         """
         from cpt.checkpoint import native
 
         assert phase in manifests.PHASES, phase
         self.wait()
         folder = self.checkpoints / folder_name(progress.step)
-        there = self._ranks.on_first(lambda: self._what_is_there(folder, progress))
+        there = self._on_first(lambda: self._what_is_there(folder, progress))
         if there == "same":
-            self._ranks.on_first(lambda: self._relabel(folder, progress, phase))
+            self._on_first(lambda: self._relabel(folder, progress, phase))
             return folder
-        into = folder.with_name(f"{_NEW}{folder.name}") if there == "other" else folder
+        into = folder.with_name(f"{_NEW}{self.origin.attempt}-{folder.name}")
         write = native.begin_save(
             engine,
             into,
@@ -282,11 +408,13 @@ class StageStore:
             created=self.clock(),
             ranks=self._ranks,
             asynchronous=self.saving.asynchronous,
+            may_seal=self._check_fence,
         )
 
         def finish() -> None:
-            write()
-            self._ranks.on_first(lambda: self._after(folder, into))
+            with self._fenced():
+                write()
+            self._on_first(lambda: self._publish(folder, into))
 
         self._last = folder
         if self.saving.asynchronous:
@@ -317,11 +445,12 @@ class StageStore:
             self._error = error
 
     def _what_is_there(self, folder: Path, progress: Progress) -> str:
-        """same: this very state, whole · other: a whole checkpoint of another state · nothing that counts."""
+        """same: this very state, whole · other: another state, or nothing that counts."""
         import dataclasses
 
+        self._check_fence()
         if not is_whole(folder):
-            return "nothing"
+            return "other"
         same = self._last == folder or manifests.read(folder).progress == dataclasses.asdict(progress)
         return "same" if same else "other"
 
@@ -330,18 +459,29 @@ class StageStore:
 
         old = manifests.read(folder)
         phase = max(phase, old.phase, key=manifests.PHASES.index)
+        self._check_fence()
         manifests.write(folder, dataclasses.replace(old, phase=phase, progress=dataclasses.asdict(progress)))
-        self._after(folder, folder)
+        self._after()
 
-    def _after(self, folder: Path, written: Path) -> None:
-        """Into its place, tracker file and retention, on the first rank, once a checkpoint is whole."""
-        if written != folder:
-            replace(folder, written)
+    def _publish(self, folder: Path, new: Path) -> None:
+        """Into its place, on the first rank, once a checkpoint is whole."""
+        try:
+            self._check_fence()
+        except Fenced:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        publish(folder, new)
+        self._after()
+
+    def _after(self) -> None:
+        """Tracker file and retention, on the first rank."""
+        self._check_fence()
         whole = [(step, folder) for step, folder in steps(self.checkpoints) if is_whole(folder)]
         write_atomic(self.checkpoints / TRACKER, str(whole[-1][0]))
         gone = set(to_remove([manifests.read(folder) for _, folder in whole], self.saving.retain, self.keep_steps))
         for step, folder in whole:
             if step in gone:
+                self._check_fence()
                 remove(folder)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from cpt.base import pulse
 from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, why_unreadable, write_atomic
 from cpt.checkpoint import torch_zip, unpickle
@@ -127,6 +128,7 @@ def write_records(
             if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
                 data = data.clone()  # torch.save writes whole storages
             _save(data, stream)
+            pulse.current.tick()
             dtype = str(data.dtype).removeprefix("torch.")
             length = stream.position - start
             records.append(Record(chunk.key, chunk.shape, chunk.offset, chunk.size, dtype, name, start, length))
@@ -319,6 +321,7 @@ class Folder:
         `out` may lack leading axes of length one, and may have another dtype. What lies outside the stored shape is
         left as it is.
         """
+        pulse.current.tick()
         stored = self.tensors[key]
         rank = len(stored.shape)
         begin = tuple(offset) if offset is not None else (0,) * rank

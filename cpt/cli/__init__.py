@@ -37,6 +37,7 @@ PLAN, LOOK, DATA, LAWS, SETUP = "plan and run", "look", "data and checkpoints", 
 COMMANDS = {
     "plan": Command(PLAN, "Show what a run would do, checked, with its cost; start nothing"),
     "run": Command(PLAN, "Do what a recipe says, or go on with what is not done yet"),
+    "resume": Command(PLAN, "Go on with what is not done of a run"),
     "cancel": Command(PLAN, "Stop a run, saved"),
     "recipes": Command(PLAN, "List recipes, show every key of one, start your own from one"),
     "status": Command(LOOK, "How far a run is"),

@@ -16,23 +16,35 @@ Run = Annotated[
 Wait = Annotated[bool, typer.Option("--wait", help="Return only when it has stopped.")]
 
 
-def command(run: Run, wait: Wait = False) -> int:
-    """Ask a run to save and stop. The command that started it ends with exit code 75 and goes on from there."""
+Now = Annotated[bool, typer.Option("--now", help="With a queue: do not wait for a step to end and be saved.")]
+
+
+def command(run: Run, wait: Wait = False, now: Now = False) -> int:
+    """Ask a run to save and stop; the jobs of a queue that wait are removed. `cpt resume` goes on from there."""
     import time
 
     from cpt.base.files import write_atomic
     from cpt.cli.flags import note, result
     from cpt.report.runs import find_run
+    from cpt.stages import send
     from cpt.stages.attempt import STOP_FILE
 
     folder = find_run(run)
     holders = holders_of(folder)
-    if not holders:
+    write_atomic(folder / STOP_FILE, "asked by `cpt cancel`\n")  # before the queue: no job may start after this
+    jobs = send.cancel(folder, now=now)
+    if not holders and not jobs:
+        (folder / STOP_FILE).unlink(missing_ok=True)
         note(f"run `{folder.name}` is not running; nothing to stop")
         return 0
-    write_atomic(folder / STOP_FILE, "asked by `cpt cancel`\n")
-    result(f"asked {holders[0].text()} to save and stop")
-    while wait and holders_of(folder):
+    waiting = [id for id, state in jobs.items() if state == "pending"]
+    if waiting:
+        result(f"removed from the queue: {', '.join(waiting)}")
+    if working := [id for id, state in jobs.items() if state != "pending"]:
+        result(f"asked job {', '.join(working)} to {'stop' if now else 'save and stop'}")
+    elif holders:
+        result(f"asked {holders[0].text()} to save and stop")
+    while wait and (holders_of(folder) or send.is_in_queue(folder)):
         time.sleep(0.5)
     return 0
 

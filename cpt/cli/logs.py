@@ -16,6 +16,7 @@ Stage = Annotated[
 Attempt = Annotated[int | None, typer.Option("--attempt", help="An attempt at the stage; the newest unless given.")]
 Rank = Annotated[int | None, typer.Option("--rank", "-r", help="A rank; unless given the one that failed first, or 0.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written until the attempt ends.")]
+Job = Annotated[bool, typer.Option("--job", help="What the script of the stage's newest job printed, not its ranks.")]
 Lines = Annotated[int, typer.Option("--lines", "-n", help="Lines from the end; 0 = all.")]
 
 
@@ -26,13 +27,16 @@ def command(
     attempt: Attempt = None,
     follow: Follow = False,
     lines: Lines = 200,
+    job: Job = False,
 ) -> int:
-    """Print the log of a rank."""
+    """Print the log of a rank, or of a queue's job as long as there is no rank's."""
     from cpt.cli.flags import note
     from cpt.report.runs import find_run
 
     folder = find_run(run)
-    stage_dir = _stage_dir(folder, stage)
+    stage_dir = _stage_dir(folder, stage, job)
+    if job or (attempt is None and rank is None and _has_no_log(stage_dir)):
+        return _job_log(folder, stage_dir, follow, lines, is_asked=job)
     attempt_dir = _attempt_dir(stage_dir, attempt)
     path = _log(attempt_dir, rank)
     note(f"`{path}`")
@@ -47,10 +51,52 @@ def command(
     return 0
 
 
-def _stage_dir(folder: Path, stage: str | None) -> Path:
+def _has_no_log(stage_dir: Path) -> bool:
+    """Whether a stage that was sent to a queue has nothing of its ranks yet."""
+    from cpt.launch.batch import read_sent
+    from cpt.stages.attempt import attempts
+
+    if stage_dir.name not in read_sent(stage_dir.parents[1]):
+        return False
+    found = attempts(stage_dir)
+    return not found or not any((found[-1] / "logs").glob("*.log"))
+
+
+def _job_log(folder: Path, stage_dir: Path, follow: bool, lines: int, *, is_asked: bool) -> int:
+    """Print what the script of a stage's newest job printed.
+
+    Args:
+        is_asked: by `--job`; else it stands in for the log of a rank.
+    """
+    from cpt.base.errors import UsageError
+    from cpt.cli.flags import note
+    from cpt.launch.batch import read_sent
+
+    jobs = [job for job in read_sent(folder).get(stage_dir.name, ()) if job.id]
+    if not jobs:
+        raise UsageError(f"stage `{stage_dir.name}` was not sent to a queue", "without `--job`: the log of its ranks")
+    written = [job for job in jobs if Path(job.log).is_file()]
+    newest = (written or jobs)[-1]
+    path = Path(newest.log)
+    why = "" if is_asked else f", as no rank of `{stage_dir.name}` has written anything yet"
+    note(f"`{path}`: what the script of job {newest.id} printed{why}")
+    if not _print(path, lines):
+        note(f"job {newest.id} of `{stage_dir.name}` has printed nothing: `cpt status {folder.name}` says where it is")
+    if follow and path.is_file():
+        _follow(path, stage_dir, None)
+    return 0
+
+
+def _stage_dir(folder: Path, stage: str | None, job: bool) -> Path:
+    """The folder of the stage that a person means.
+
+    Args:
+        job: what jobs printed is wanted, also of stages that have not run.
+    """
     from cpt.base import lock
     from cpt.base.errors import UsageError
     from cpt.base.registry import unknown
+    from cpt.launch.batch import read_sent
     from cpt.stages import state
     from cpt.stages.attempt import attempts, read_plan
 
@@ -59,6 +105,14 @@ def _stage_dir(folder: Path, stage: str | None) -> Path:
     if stage is not None and stage not in names:
         raise unknown("stage", stage, names)
     ran = [n for n in names if attempts(folder / "stages" / n)]
+    sent = [n for n in names if n in read_sent(folder)]
+    if stage in sent:
+        return folder / "stages" / stage
+    if sent and not ran:
+        printed = [n for n in sent if any(Path(j.log).is_file() for j in read_sent(folder)[n])]
+        return folder / "stages" / (printed[-1] if printed else sent[0])
+    if job:
+        ran = [n for n in ran if n in sent] or ran
     if not ran:
         raise UsageError(f"no stage of run `{folder.name}` has run yet")
     if stage is not None:
@@ -117,8 +171,8 @@ def _print(path: Path, lines: int) -> bool:
     return bool(kept)
 
 
-def _follow(path: Path, stage_dir: Path, attempt_dir: Path) -> None:
-    """Copy new bytes until nobody works on the attempt any more."""
+def _follow(path: Path, stage_dir: Path, attempt_dir: Path | None) -> None:
+    """Copy new bytes until nobody works on the attempt, or on the stage, any more."""
     import sys
     import time
 
@@ -127,7 +181,8 @@ def _follow(path: Path, stage_dir: Path, attempt_dir: Path) -> None:
     with open(path, "rb") as file:
         file.seek(0, 2)
         while True:
-            working = live_holder(stage_dir) is not None and not (attempt_dir / "failure.json").exists()
+            failed = attempt_dir is not None and (attempt_dir / "failure.json").exists()
+            working = live_holder(stage_dir) is not None and not failed
             data = file.read()
             if data:
                 sys.stdout.write(data.decode(errors="replace"))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing, as `cpt plan` does.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again in a new folder; the old one stays as it is.")]
 Accept = Annotated[bool, typer.Option("--accept-changes", help="Go on with unfinished stages under a changed plan.")]
+Wait = Annotated[bool, typer.Option("--wait", help="With a queue: return only when its jobs have ended.")]
 Every = Annotated[int | None, typer.Option("--every", min=1, help="Steps between two lines when not in a terminal.")]
 
 
@@ -33,6 +34,7 @@ def command(
     accept_changes: Accept = False,
     yes: Yes = False,
     every: Every = None,
+    wait: Wait = False,
     json: Json = False,
 ) -> int:
     """Do what a recipe says, or go on with what is not done yet; the same command goes on after any stop."""
@@ -51,6 +53,7 @@ def command(
         accept_changes=accept_changes,
         yes=yes,
         every=every,
+        wait=wait,
         json=json,
     )
 
@@ -62,6 +65,7 @@ def go(
     accept_changes: bool = False,
     yes: bool = False,
     every: int | None = None,
+    wait: bool = False,
     json: bool = False,
     finish: Callable[[Result, Screen, bool], int] | None = None,
 ) -> int:
@@ -69,10 +73,12 @@ def go(
 
     Args:
         make: makes the plan.
+        wait: return only when the jobs of a queue have ended.
         finish: says how it ended; None = with the table, the report and the next command.
     """
     from cpt.cli.flags import talk
     from cpt.stages.run import Settings, run
+    from cpt.stages.send import wait_for_jobs
 
     first = make(None)
     if not json and not talk.quiet:
@@ -89,8 +95,12 @@ def go(
     screen = Screen(quiet=talk.quiet, every=every)
     try:
         result = run(first, make, settings, screen.tell, screen.started)
+        if result.sent and wait:
+            result.error = wait_for_jobs(result.run_dir, result.plan, screen.line)
     finally:
         screen.close()
+    if result.sent and not wait and result.error is None:
+        return _sent(result, json)
     return (finish or _finish)(result, screen, json)
 
 
@@ -120,6 +130,9 @@ class Screen:
             self.line(f"note: {event.get('text')}")
         elif kind == "stage" and stage in self.ended and event.get("status") == "done":
             pass  # the display has just said so, with the step and the time
+        elif kind == "job":
+            after = f", after {', '.join(event['after'])}" if event.get("after") else ""
+            self.line(f"{stage}  sent as job {event.get('id')}{after}")
         elif kind == "stage":
             self.line(f"{stage}  {_status(event)}")
         elif kind == "data":
@@ -170,6 +183,8 @@ def _status(event: Event) -> str:
     status, reason = event.get("status"), event.get("reason")
     if status == "running":
         return f"runs: {reason}"
+    if status == "pending":
+        return f"goes to the queue: {reason}"
     return f"{status}: {reason}" if reason and not str(reason).startswith(str(status)) else str(reason or status)
 
 
@@ -225,6 +240,23 @@ def _finish(result: Result, screen: Screen, json: bool) -> int:
     return 0
 
 
+def _sent(result: Result, json: bool) -> int:
+    """The jobs that do the work now, and how to look after them."""
+    import shlex
+
+    from cpt.cli.flags import result as say
+    from cpt.cli.flags import result_json
+
+    if json:
+        result_json(_as_json(result, None))
+        return 0
+    jobs = [job for jobs in result.sent.values() for job in jobs]
+    name = shlex.quote(os.path.relpath(result.run_dir))
+    say(f"sent    {len(jobs):,} jobs: {', '.join(dict.fromkeys(job.id for job in jobs))}")
+    say(f"next    cpt status {name}")
+    return 0
+
+
 def _as_json(result: Result, page: Path | None) -> dict[str, Any]:
     from cpt.stages import attempt, state
 
@@ -239,6 +271,7 @@ def _as_json(result: Result, page: Path | None) -> dict[str, Any]:
         "error": result.error.message if result.error else None,
         "stages": stages,
         "report": str(page) if page else None,
+        "jobs": {name: [job.id for job in jobs] for name, jobs in result.sent.items()},
     }
 
 

@@ -127,11 +127,41 @@ def compose(texts: Sequence[str], cwd: Path | None = None) -> Composed:
             key, _, value = meant[0].lstrip("+~").partition("=")
             raise UsageError(f"unknown key `{key}`", f"did you mean `recipe={value}`?")
         raise UsageError("no recipe was given", "`recipe=demo` needs nothing; `cpt recipes` lists the others")
-    file = find_recipe(parsed.recipe, cwd)
-    picks, values = _split_picks(parsed.values, cwd)
+    return _composed(find_recipe(parsed.recipe, cwd), parsed.values, cwd)
+
+
+def compose_part(group: str, texts: Sequence[str], cwd: Path | None = None) -> Composed:
+    """One part of a recipe by itself, such as `launcher`, from `launcher=NAME` and `launcher.key=value`.
+
+    Raises:
+        UsageError: as `compose`; also when another key is given.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    cwd = cwd or Path.cwd()
+    parsed = _parse_all(texts)
+    errors = [_only_part(group, key) for key in ("recipe",) if parsed.recipe is not None]
+    errors += [_only_part(group, o.path[0]) for o in parsed.values if o.path[0] != group]
+    if errors:
+        raise UsageError(errors[0].message, *errors[0].hints, more=tuple(errors[1:]))
+    name = f"only_{group}"
+    ConfigStore.instance().store(name=name, node={}, provider="cpt")  # a recipe that holds nothing
+    return _composed(shipped()[1] / f"{name}.yaml", parsed.values, cwd)
+
+
+def _only_part(group: str, key: str) -> UsageError:
+    if key == "recipe":
+        return UsageError(f"`recipe` has no effect here, only `{group}` has", "`cpt plan recipe=...` checks a recipe")
+    hints = [f"did you mean `{group}`?"] if nearest(key, [group]) else []
+    return UsageError(f"`{key}` has no effect here, only `{group}` has", *hints)
+
+
+def _composed(file: Path, overrides: Sequence[ov.Override], cwd: Path) -> Composed:
+    """A file with the overrides applied."""
+    picks, values = _split_picks(overrides, cwd)
     config, origins = _hydra(file, picks, cwd)
     errors: list[CptError] = []
-    notes = ov.repeated(parsed.values)
+    notes = ov.repeated(overrides)
     for override in values:
         try:
             dropped = ov.replaced(config, override)
@@ -177,6 +207,8 @@ def _split_picks(values: Sequence[ov.Override], cwd: Path) -> tuple[list[tuple[s
             picks.append((group, str(override.value)))
         elif options and isinstance(node, Section) and node.short is None:
             raise unknown(group, override.value, options)
+        elif options and isinstance(node, Part):  # a class of the project or a file in `conf`
+            raise unknown(node.registry().kind, override.value, options)
         else:
             rest.append(override)
     return picks, rest

@@ -10,6 +10,7 @@ from typing import Any
 from cpt.base.errors import CptError, UsageError
 from cpt.base.registry import nearest, unknown
 from cpt.config import kinds, schema
+from cpt.config.compose import group_options
 from cpt.config.schema import REQUIRED, Key, Named, Node, Part, Section
 from cpt.config.suggest import YAML_BOOLEANS, dotted, quote_hint, unknown_key
 
@@ -170,6 +171,11 @@ def _part(part: Part, value: Mapping[str, Any], path: Path_, reading: Reading) -
         return {k: v for k, v in value.items() if k in part.extra}
     if not isinstance(chosen, str) or chosen not in registry:
         error = unknown(registry.kind, chosen, registry)
+        if len(path) == 1 and chosen in group_options(path[0]):
+            error = UsageError(
+                f"`{chosen}` is a file in `conf/{path[0]}`, which a value does not read",
+                f"in a recipe: `defaults: [{path[0]}: {chosen}, _self_]`; on the command line: `{path[0]}={chosen}`",
+            )
         reading.wrong((*path, part.select), error)
         return {}
     keys = schema.part_keys(part, chosen)

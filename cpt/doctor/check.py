@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from cpt.base.errors import CptError
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -32,6 +34,8 @@ def run(checks: Iterable[tuple[str, Callable[[], Check]]]) -> list[Check]:
     for name, check in checks:
         try:
             results.append(check())
+        except CptError as error:
+            results.append(Check("fail", name, error.message, *error.hints[:1]))
         except Exception as error:  # a check must never take the others down
             results.append(Check("fail", name, f"{type(error).__name__}: {error}".splitlines()[0]))
     return results

@@ -21,6 +21,7 @@ def init(
     local_rank: int = 0,
     seed: int = 0,
     timeout_s: float = 600.0,
+    collective_s: float | None = None,
     address: str | None = None,
 ) -> torch.device:
     """Join the other ranks and build the tp, pp and dp groups.
@@ -29,17 +30,20 @@ def init(
         parallel: the layout; its `world_size` must be the number of ranks.
         local_rank: number of this rank on its machine; chooses the GPU.
         seed: of the random states (dropout and the like); initial weights have their own, see `build`.
-        timeout_s: how long a collective may wait for a dead or slow rank before it fails [s].
+        timeout_s: how long to wait for all ranks to join [s].
+        collective_s: how long a collective may wait for a dead or slow rank before it fails [s]; None = `timeout_s`.
         address: `host:port` of rank 0; None reads `MASTER_ADDR` and `MASTER_PORT` as torchrun sets them.
 
     Returns:
         The device this rank computes on.
     """
     from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
 
     assert world_size == parallel.world_size, f"{world_size} ranks for a layout of {parallel.world_size}"
     if device.has_cuda():
-        torch.cuda.set_device(local_rank)
+        # Some sites show each task its own GPU only, which is number 0 to all of them.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     where = device.install()
     host = address.rsplit(":", 1)[0] if address else os.environ.get("MASTER_ADDR", "")
     if host in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
@@ -52,11 +56,14 @@ def init(
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    collective_s = timeout_s if collective_s is None else collective_s
+    if collective_s != timeout_s:
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=collective_s))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
-        distributed_timeout_minutes=timeout_s / 60,
+        distributed_timeout_minutes=collective_s / 60,
         create_gloo_process_groups=True,  # saving a distributed optimizer gathers over them
     )
     set_seeds(seed)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from cpt.base import pulse
 from cpt.data.validation import ValidSet
 from cpt.engine import megatron
 from cpt.engine.ports import Engine
@@ -67,6 +68,7 @@ def _sums(
     for first in range(0, len(valid), rows * dp):
         if stopped():
             return None
+        pulse.current.tick()
         left = min(rows, -(-(len(valid) - first) // dp))
         left = -(-left // micro_batch_size) * micro_batch_size  # equal on all copies, whole micro-batches
         here = np.arange(first + dp_rank * left, first + (dp_rank + 1) * left)

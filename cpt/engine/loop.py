@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+from cpt.base import pulse
 from cpt.base.errors import StageFailed
 from cpt.data import stream as streams
 from cpt.data.stream import Stream
@@ -86,6 +87,8 @@ class Loop:
         self.rollback_reason = ""
         self._since = time.monotonic()
         self._steps_since = 0
+        self._data_s = 0.0  # of the last step: time spent on getting its samples
+        self._begun = 0.0  # when its forward and backward passes began
 
     def run(self) -> Outcome:
         """Go on until the stage is done or something ends it before."""
@@ -98,6 +101,7 @@ class Loop:
                 self._save("end")
                 self.saver.wait()
                 return "done"
+            pulse.current.say(pulse.STEP, self.progress.step + 1)
             if self.stop.agreed():
                 return self._leave("a stop was asked for")
             if self._step() == anomalies.ROLLBACK:
@@ -117,6 +121,7 @@ class Loop:
 
     def _evaluate(self) -> Outcome | None:
         step = self.progress.step
+        pulse.current.say(pulse.EVAL, step)
         start = time.monotonic()
         found = validation_losses(
             self.engine,
@@ -177,6 +182,7 @@ class Loop:
     def _step(self) -> str:
         """Make one step; gives the verdict about its loss and gradients."""
         step = self.progress.step
+        start = time.monotonic()
         if step in self.skip_steps:
             self.stream.skip()
             self._count(step, loss=None, losses={}, norm=None, why=self.skip_steps[step])
@@ -204,8 +210,17 @@ class Loop:
         if not skipped:
             self._update(step, norm if norm is not None else 0.0)
             self.progress.losses = [*self.progress.losses, loss][-self.train.anomalies.window :]
+        self._book_time(start)
         self._count(step, loss=loss, losses=by_source, norm=norm, why=why, skipped=skipped)
         return verdict
+
+    def _book_time(self, start: float) -> None:
+        """Tell the pulse where this step's time went. What a rank does alone is known only where it has no partners
+        inside its model copy."""
+        layout = self.train.parallel
+        alone = layout.tp == layout.pp == 1 < layout.dp
+        own = pulse.current.gradients_ready - self._begun if alone else 0.0
+        pulse.current.spent(data_s=self._data_s, own_s=own, step_s=time.monotonic() - start)
 
     def _set_weights(self, step: int) -> None:
         for method in self.methods:
@@ -215,7 +230,9 @@ class Loop:
 
     def _forward_backward(self) -> tuple[float, dict[str, float]]:
         """Mean loss of the global batch and of each source that gave samples [nats/token]; gradients are ready."""
+        start = time.monotonic()
         batch = self.stream.batch(self.dp_rank, self.train.parallel.dp)
+        self._data_s = time.monotonic() - start
         batches = megatron.microbatches(
             batch.tokens_BS1,
             batch.loss_mask_BS,
@@ -224,6 +241,7 @@ class Loop:
             micro_batch_size=self.train.micro_batch_size,
             device=self.engine.device,
         )
+        self._begun = time.monotonic()
         hook = self._loss_hook if any(type(m).loss is not Method.loss for m in self.methods) else None
         losses = megatron.forward_backward(self.engine, batches, loss_hook=hook)
         sums, tokens = megatron.reduce_by_source(self.engine, losses, batch.source_B, len(self.sources))
@@ -308,6 +326,7 @@ class Loop:
             self._save("train")
 
     def _save(self, phase: str) -> None:
+        pulse.current.say(pulse.SAVE, self.progress.step)
         start = time.monotonic()
         path = self.saver.save(self.engine, self.progress, phase=phase)
         seconds = time.monotonic() - start
@@ -318,7 +337,7 @@ class Loop:
         if self.progress.step > 0:
             self._save("stop")
             self.saver.wait()
-        self.report("stop", reason=reason, step=self.progress.step)
+        self.report("stop", reason=f"{reason} ({self.stop.reason})", step=self.progress.step)
         return "saved"
 
 

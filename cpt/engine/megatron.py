@@ -16,6 +16,7 @@ Shapes: B sequences of this model copy, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
+from cpt.base import pulse
 from cpt.base.errors import PlanError
 from cpt.engine import device, optimizer, weights
 from cpt.engine.layers import Model
@@ -200,10 +202,16 @@ def _add_optimizer(engine: Engine, options: Optimizer) -> None:
         for number, chunk in enumerate(engine.chunks)
     ]
     engine.optimizer = optimizer.build(engine.chunks, options, parallel, engine.precision)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize_gradients
     if parallel.overlap_grad_reduce:
         no_syncs: list[Any] = [chunk.no_sync for chunk in engine.chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+
+
+def _finalize_gradients(*args: Any, **kwargs: Any) -> None:
+    """Megatron-core's callback after the last backward pass: ranks add their gradients up."""
+    pulse.current.gradients_ready = time.monotonic()
+    finalize_model_grads(*args, **kwargs)
 
 
 def refresh_main_weights(engine: Engine) -> None:
@@ -337,6 +345,7 @@ def _run(engine: Engine, batches: Sequence[Microbatch], hook: LossHook | None, *
 def _forward_step(hook: LossHook | None, batches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Any, Any]:
     """Megatron-core's callback: hidden states on inner stages, per-token losses [B, S] on the last."""
     batch = next(batches)
+    pulse.current.tick()
     output = model(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask_B1SS, labels=batch.labels_BS)
     return output, partial(_sum_losses, hook, batch)
 

@@ -1,7 +1,9 @@
 """Ways to start the ranks of a stage. New launcher = one file here + its import below.
 
-A launcher is a frozen dataclass of its own options. `cpt.stages.attempt` decides what an attempt is and writes its
-`job.json`; a launcher only starts `world_size` processes of `python -m cpt.worker JOB.json` and says how they ended.
+A launcher is a frozen dataclass of its own options. Some start ranks at once, as children of `cpt run` (`Direct`);
+others hand scripts to a queue, which starts them later and elsewhere (`batch.Batch`). What an attempt at a stage is,
+and how it ended, is decided by `cpt.stages.attempt` alone: it writes `job.json`, and the ranks of both kinds are
+`python -m cpt.worker JOB.json`.
 """
 
 from __future__ import annotations
@@ -10,21 +12,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpt.base.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One attempt at a stage, as a launcher sees it. The attempt's folder holds `job.json` and takes `logs/`."""
+class Work:
+    """A stage, as a launcher sees it."""
 
     run_dir: Path
     stage: str
-    attempt_dir: Path
     world_size: int
     layout: str  # for people, e.g. "tp 2, pp 2, dp 1"
     python: str  # the interpreter that has `cpt`
     cwd: Path  # where the person typed the command
+    afterwards: tuple[tuple[str, ...], ...] = ()  # commands after a stage that is done; how they end changes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Work):
+    """One attempt at a stage. The attempt's folder holds `job.json` and takes `logs/`."""
+
+    attempt_dir: Path
 
     @property
     def job(self) -> Path:
@@ -48,14 +58,24 @@ class Ranks(ABC):
 
 
 class Launcher(ABC):
-    """One way to start workers."""
+    """One way to start workers. Every one has the options
+
+    retries: how often a stage is tried again after a fault of the machine (a killed rank, a lost node, a hang) without
+        a single step gained in between.
+    """
+
+    retries: int
 
     @abstractmethod
     def num_devices(self) -> int | None:
         """Processes that a stage may use when the recipe gives no `dp`; None when only the layout decides."""
 
+
+class Direct(Launcher):
+    """Starts ranks at once."""
+
     @abstractmethod
-    def write_script(self, launch: Launch) -> Path:
+    def write_script(self, work: Work) -> Path:
         """Write the readable script that does by hand what `start` does, into the stage's folder."""
 
     @abstractmethod
@@ -65,4 +85,10 @@ class Launcher(ABC):
 
 LAUNCHERS: Registry[type[Launcher]] = Registry("launcher")
 
-from cpt.launch import local  # noqa: E402, F401
+
+def launcher_of(options: Mapping[str, Any]) -> Launcher:
+    """The launcher of a plan: `name` and its options."""
+    return LAUNCHERS.get(str(options.get("name", "local")))(**{k: v for k, v in options.items() if k != "name"})
+
+
+from cpt.launch import local, slurm  # noqa: E402, F401

@@ -6,17 +6,21 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-from cpt.base.errors import ENVIRONMENT, FAILED, CptError
+from cpt.base.errors import ENVIRONMENT, FAILED, CptError, Fenced
 
 _MEMORY = ("can't allocate memory", "CUDA out of memory", "Cannot allocate memory")
 _DISK = ("No space left on device", "Disk quota exceeded")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "Timed out waiting")
+_DEVICE = ("uncorrectable ECC", "fallen off the bus", "NVLink error", "unhandled system error", "hardware error")
+_IO = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN)
 
 
 def explain(error: BaseException) -> dict[str, Any]:
     """`{kind, error, hints, exit_code}` of an exception that ended a rank.
 
-    `kind` is what happened: disk, memory, connect (ranks cannot meet), lost (another rank is gone), or the class.
+    `kind` is what happened: disk, memory, connect (ranks cannot meet), lost (another rank is gone), device (a GPU
+    or a link between GPUs failed), io (a disk or the way to it failed), fenced (another attempt is at work), or the
+    class.
     """
     step = getattr(error, "step", None)
     found = _named(error)
@@ -28,7 +32,7 @@ def explain(error: BaseException) -> dict[str, Any]:
 def _named(error: BaseException) -> dict[str, Any]:
     texts = [f"{one}" for one in _chain(error)]
     if isinstance(error, CptError):
-        kind = type(error).__name__
+        kind = "fenced" if isinstance(error, Fenced) else type(error).__name__
         return {"kind": kind, "error": error.message, "hints": list(error.hints), "exit_code": error.exit_code}
     if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in _chain(error)) or _has(
         texts, _DISK
@@ -42,6 +46,11 @@ def _named(error: BaseException) -> dict[str, Any]:
         hints = ["set `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` to the network interface that all ranks reach"]
         text = f"the ranks could not connect to each other: {_line(error)}"
         return {"kind": "connect", "error": text, "hints": hints, "exit_code": ENVIRONMENT}
+    if _has(texts, _DEVICE):
+        hints = ["`nvidia-smi -q` and the kernel's log of that machine say more; leave the machine out"]
+        return {"kind": "device", "error": f"a GPU failed: {_line(error)}", "hints": hints, "exit_code": ENVIRONMENT}
+    if any(isinstance(one, OSError) and one.errno in _IO for one in _chain(error)):
+        return {"kind": "io", "error": f"a disk failed: {_line(error)}", "hints": [], "exit_code": ENVIRONMENT}
     if _has(texts, _LOST):
         return {"kind": "lost", "error": f"lost touch with another rank: {_line(error)}", "exit_code": FAILED}
     return {"kind": type(error).__name__, "error": f"{type(error).__name__}: {_line(error)}", "exit_code": FAILED}

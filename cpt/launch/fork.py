@@ -14,6 +14,7 @@ import contextlib
 import gc
 import importlib
 import os
+import platform
 import signal
 import sys
 import time
@@ -23,9 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from cpt.base import processes
+from cpt.base import processes, pulse
 from cpt.base.errors import DONE, GUARD, SAVED
-from cpt.launch import outcome
+from cpt.launch import heartbeat, outcome, watch
+from cpt.launch.watch import Beat
 
 PARENT_VARIABLE = "CPT_PARENT_PID"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -43,6 +45,7 @@ class _Tree:
     ended: dict[int, int] = field(default_factory=dict)  # rank → status as subprocess gives it
     asked: int = 0  # stop signals received
     now: bool = False  # asked a second time: do not wait
+    failure: dict[str, Any] | None = None  # why the parent itself ends them
 
 
 def num_threads(num_ranks: int) -> int:
@@ -62,6 +65,7 @@ def run_ranks(
     rank_main: Callable[[], int],
     modules: Iterable[str],
     tick: Callable[[], bool] = lambda: False,
+    hang_after: float = 0.0,
 ) -> int:
     """Fork `num_ranks` ranks, wait for all, and leave no process behind.
 
@@ -70,6 +74,7 @@ def run_ranks(
         rank_main: what each rank runs; it finds RANK, WORLD_SIZE, ... in the environment and gives its exit code.
         modules: imported once, before the fork.
         tick: called about once a second while ranks live; True asks for a stop.
+        hang_after: seconds without progress on any rank after which they are ended [s]; 0 = never.
 
     Returns:
         The attempt's exit code, see `outcome.conclude`.
@@ -95,7 +100,7 @@ def run_ranks(
         # forked (as it does to look up the address of a rank that connects) would stay taken in that rank for ever.
         store = _rendezvous(num_ranks) if num_ranks > 1 else None
         _tell(told, store.port if store is not None else 0, num_ranks)
-        _watch(tree, num_ranks, tick)
+        _watch(tree, num_ranks, tick, _Watcher(attempt_dir, num_ranks, hang_after))
     finally:
         _end_all(tree)
     return outcome.conclude(
@@ -104,6 +109,7 @@ def run_ranks(
         tree.ended,
         stopping=tree.asked > 0,
         out_of_memory=_memory_kills() > memory_kills,
+        found=tree.failure,
     )
 
 
@@ -219,8 +225,43 @@ def _child(
         os._exit(code)
 
 
-def _watch(tree: _Tree, num_ranks: int, tick: Callable[[], bool]) -> None:
-    """Until all ranks have ended, or one has failed and the others had their second to say why."""
+class _Watcher:
+    """Reads the ranks' signs of life: warns of slow ranks, finds hangs."""
+
+    def __init__(self, attempt_dir: Path, num_ranks: int, hang_after: float) -> None:
+        self.attempt_dir, self.num_ranks, self.hang_after = attempt_dir, num_ranks, hang_after
+        self._last = time.monotonic()
+        self._begun = time.time()
+        self._told: set[str] = set()
+
+    def look(self, tree: _Tree) -> dict[str, Any] | None:
+        """The failure when the ranks hang, with their stacks written. Looks every few seconds."""
+        if time.monotonic() - self._last < heartbeat.beat_seconds(self.hang_after, self.num_ranks):
+            return None
+        self._last = time.monotonic()
+        beats = heartbeat.read_beats(self.attempt_dir, self.num_ranks)
+        with contextlib.suppress(OSError):
+            heartbeat.tell(self.attempt_dir, beats, self._told)
+        if any(status not in (DONE, SAVED, GUARD) for status in tree.ended.values()):
+            return None  # the reason why the others wait
+        hang = watch.judge(self._of_living(beats, tree), time.time(), self.hang_after)
+        if hang is None:
+            return None
+        pids = {rank: pid for pid, rank in tree.living.items() if rank not in hang.silent}
+        heartbeat.dump_stacks(self.attempt_dir, pids)
+        return heartbeat.failure(self.attempt_dir, hang)
+
+    def _of_living(self, beats: dict[int, Beat], tree: _Tree) -> dict[int, Beat]:
+        """Signs of life of the ranks that have not ended; one that never gave any has been silent since the fork."""
+        first = {"host": platform.node(), "t": self._begun, "doing": pulse.START, "moved": self._begun}
+        return {
+            rank: beats.get(rank) or Beat(rank=rank, pid=pid, step=None, count=0, **first)  # type: ignore[arg-type]
+            for pid, rank in tree.living.items()
+        }
+
+
+def _watch(tree: _Tree, num_ranks: int, tick: Callable[[], bool], watcher: _Watcher) -> None:
+    """Until all ranks have ended, or one has failed and the others had their second to say why, or they hang."""
     told = 0
     last_tick = time.monotonic()
     deadline: float | None = None
@@ -243,6 +284,9 @@ def _watch(tree: _Tree, num_ranks: int, tick: Callable[[], bool]) -> None:
                 deadline = now + _LINGER_SECONDS
         elif deadline is not None and any(s not in (DONE, SAVED, GUARD) for s in tree.ended.values()):
             deadline = min(deadline, now + _GRACE_SECONDS)
+        tree.failure = watcher.look(tree)
+        if tree.failure is not None:
+            return
         if tree.now or (deadline is not None and now > deadline):
             return
         time.sleep(0.02)

@@ -14,7 +14,8 @@ from pathlib import Path
 from cpt.base import processes
 from cpt.base.errors import SAVED, UsageError
 from cpt.base.files import write_atomic
-from cpt.launch import LAUNCHERS, Launch, Launcher, Ranks, fork
+from cpt.base.units import parse_duration
+from cpt.launch import LAUNCHERS, Direct, Launch, Ranks, Work, fork, heartbeat
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -25,7 +26,8 @@ set -uo pipefail
 
 cd {cwd} || exit 3
 
-# More threads than cores slow a run several times: cores / ranks each.
+# More threads than cores slow a run several times: cores / ranks each. A stage in which nothing moves for so many
+# seconds is ended.
 {exports}
 
 # 1. Take the stage: check its parent, find where to go on, write the attempt's job.json, print its path.
@@ -69,39 +71,49 @@ class LocalRanks(Ranks):
 
 @LAUNCHERS.add("local")
 @dataclass(frozen=True, kw_only=True)
-class Local(Launcher):
+class Local(Direct):
     """Start one process a rank on this machine.
 
     Args:
         devices: processes a stage may use when it gives no `dp`; None = the GPUs here, or what its layout needs.
         threads: threads a rank computes with; None = cores / ranks.
+        retries: how often a stage is tried again after a fault of the machine without a step gained in between.
+        hang_after: a stage in which no rank goes on for so long (`30m`, or seconds) is ended as a hang; 0 = never.
     """
 
     devices: int | None = None
     threads: int | None = None
+    retries: int = 0
+    hang_after: str | int | float = "30m"
 
     def __post_init__(self) -> None:
         for name in ("devices", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"`launcher.{name}` is `{value}`; it must be a whole number of at least 1")
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise UsageError(f"`launcher.retries` is `{self.retries}`; it must be a whole number of at least 0")
+        try:
+            parse_duration(self.hang_after)
+        except UsageError as error:
+            raise UsageError(f"`launcher.hang_after`: {error.message}") from None
 
     def num_devices(self) -> int | None:
         return self.devices if self.devices is not None else _num_gpus() or None
 
-    def write_script(self, launch: Launch) -> Path:
-        path = launch.run_dir / "stages" / launch.stage / "launch.sh"
-        exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._threads(launch.world_size).items())
+    def write_script(self, work: Work) -> Path:
+        path = work.run_dir / "stages" / work.stage / "launch.sh"
+        exports = "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self._environment(work.world_size).items())
         text = _SCRIPT.format(
-            stage=_comment(launch.stage),
-            folder=_comment(str(launch.run_dir)),
-            stage_arg=shlex.quote(launch.stage),
-            run_dir=shlex.quote(str(launch.run_dir)),
-            num_ranks=launch.world_size,
-            layout=_comment(launch.layout),
-            cwd=shlex.quote(str(launch.cwd)),
+            stage=_comment(work.stage),
+            folder=_comment(str(work.run_dir)),
+            stage_arg=shlex.quote(work.stage),
+            run_dir=shlex.quote(str(work.run_dir)),
+            num_ranks=work.world_size,
+            layout=_comment(work.layout),
+            cwd=shlex.quote(str(work.cwd)),
             exports=exports,
-            python=shlex.quote(launch.python),
+            python=shlex.quote(work.python),
         )
         write_atomic(path, text)
         path.chmod(path.stat().st_mode | 0o111)
@@ -110,8 +122,8 @@ class Local(Launcher):
     def start(self, launch: Launch, environ: Mapping[str, str]) -> LocalRanks:
         logs = launch.attempt_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        threads = self._threads(launch.world_size)
-        ours = {**environ, **threads, fork.PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        own = self._environment(launch.world_size)
+        ours = {**environ, **own, fork.PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         # A session of their own: Ctrl-C in a terminal reaches `cpt run` alone, which asks the ranks to save first.
         with open(logs / "launch.log", "ab") as log:
             process = subprocess.Popen(
@@ -125,9 +137,10 @@ class Local(Launcher):
             )
         return LocalRanks(process)
 
-    def _threads(self, num_ranks: int) -> dict[str, str]:
+    def _environment(self, num_ranks: int) -> dict[str, str]:
         threads = self.threads or fork.num_threads(num_ranks)
-        return dict.fromkeys(fork.THREAD_VARIABLES, str(threads))
+        hang = {heartbeat.HANG_VARIABLE: f"{parse_duration(self.hang_after):g}"}
+        return dict.fromkeys(fork.THREAD_VARIABLES, str(threads)) | hang
 
 
 def _num_gpus() -> int:

@@ -16,6 +16,9 @@ from cpt.base.errors import DONE, ENVIRONMENT, FAILED, GUARD, SAVED
 from cpt.base.files import read_json, read_lines, write_json
 
 _GOOD = (DONE, SAVED, GUARD)
+# Faults of the machine, which another attempt may not meet: a rank was killed or its node is gone, nothing moves any
+# more, ranks do not find each other or could not be started, a GPU or a disk failed under them.
+MACHINE = frozenset({"killed", "lost", "hang", "connect", "launch", "device", "io"})
 
 
 def log_path(attempt_dir: Path, rank: int) -> Path:
@@ -31,6 +34,15 @@ def record_path(attempt_dir: Path, rank: int) -> Path:
 def write_record(attempt_dir: Path, rank: int, code: int, failure: Mapping[str, Any] | None = None) -> None:
     """A rank's last act: its exit code and, when it failed, what went wrong."""
     write_json(record_path(attempt_dir, rank), {"rank": rank, "code": code, "time": time.time(), **(failure or {})})
+
+
+def is_machine_fault(failure: Mapping[str, Any]) -> bool:
+    """Whether another attempt may go well though nothing is changed, by a `failure.json`.
+
+    Not so where it would end the same way (an error of the code or the recipe, no memory, a full disk), nor where
+    another attempt is at work already (`fenced`).
+    """
+    return failure.get("kind") in MACHINE
 
 
 def last_step(attempt_dir: Path) -> int | None:
@@ -49,6 +61,7 @@ def conclude(
     *,
     stopping: bool = False,
     out_of_memory: bool = False,
+    found: Mapping[str, Any] | None = None,
 ) -> int:
     """The attempt's exit code: 0, 75, 4, or 1 with `failure.json` written.
 
@@ -57,7 +70,11 @@ def conclude(
             themselves, in the order in which they ended. None when the launcher cannot know: only records count.
         stopping: ranks were asked to stop, so that one ended by SIGTERM had nothing to save yet.
         out_of_memory: the kernel has ended a process for memory meanwhile.
+        found: the failure for which the launcher itself ended the ranks.
     """
+    if found is not None:
+        write_json(attempt_dir / "failure.json", _complete(attempt_dir, dict(found)))
+        return FAILED
     records = _records(attempt_dir, world_size)
     known = dict(ended) if ended is not None else {}
     codes = {rank: int(records[rank]["code"]) if rank in records else known.get(rank) for rank in range(world_size)}
@@ -106,6 +123,11 @@ def first_failure(
         missing = [rank for rank in range(world_size) if rank not in records]
         rank = missing[0] if missing else 0
         failure = {"rank": rank, "kind": "lost", "error": "ended without a word, most likely killed"}
+    return _complete(attempt_dir, failure)
+
+
+def _complete(attempt_dir: Path, failure: dict[str, Any]) -> dict[str, Any]:
+    """A failure with all fields that readers of `failure.json` want."""
     failure.setdefault("step", last_step(attempt_dir))
     failure["log"] = str(log_path(attempt_dir, int(failure["rank"])))
     failure.setdefault("exit_code", FAILED)

@@ -335,6 +335,9 @@ class Job:
     resume: str | None  # iter_* folder of this very stage to go on from; wins over parent
     corpora: Mapping[str, str]  # source -> absolute folder of the prepared corpus
     tokenizer: str | None  # absolute tokenizer.json
+    fence: str | None = None  # token of the stage's lock: whoever finds another one there publishes nothing any more
+    stop_at: float | None = None  # save and stop at this time, before the queue ends the job [unix seconds]
+    queue_job: str | None = None  # id of the batch job that makes this attempt
 
 
 def to_json(value: Any) -> Any:

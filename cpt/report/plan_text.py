@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cpt.launch import launcher_of
+from cpt.launch.batch import Batch
 from cpt.plan.budget import Budget, proxy_cost
 from cpt.plan.check import passes, tokens_by_source
 from cpt.plan.types import Replay, RunPlan, StagePlan, Train
 from cpt.report import show
 from cpt.report.table import aligned
+from cpt.stages import send
+from cpt.stages.attempt import work_of
 
 ABOUT = "≈"
 
@@ -30,6 +34,9 @@ def plan_text(plan: RunPlan, budget: Budget | None, warnings: Sequence[str], nex
     others = _other_stages(plan)
     if others:
         parts.append(others)
+    jobs = _job_rows(plan)
+    if jobs:
+        parts.append(aligned(jobs))
     if budget is not None:
         parts.append(_needs(plan, budget))
     if warnings:
@@ -197,6 +204,27 @@ def _other_stages(plan: RunPlan) -> list[str]:
             said = ", ".join(f"{k} {_short(v)}" for k, v in stage.options.items() if v not in (None, "auto", False))
             lines.append(f"{stage.kind:<7} {stage.name}: {said}")
     return [show.plain(line) for line in lines]
+
+
+def _job_rows(plan: RunPlan) -> list[list[str]]:
+    """With a queue: the jobs, what each asks for and what it waits for. The proxies of a law are one array."""
+    launcher = launcher_of(plan.launcher)
+    if not isinstance(launcher, Batch):
+        return []
+
+    def label(name: str) -> str:
+        stage = plan.stages[name]
+        if stage.group is None or stage.train is None:
+            return show.plain(name)
+        count = sum(s.group == stage.group and s.train is not None for s in plan.stages.values())
+        return f"{count} proxies of {show.plain(stage.group)}"
+
+    rows: dict[str, list[str]] = {}
+    for name, stage in plan.stages.items():
+        after = dict.fromkeys(label(n) for n in send.needs(plan, stage))
+        work = work_of(stage, Path(plan.runs) / plan.name, Path.cwd())
+        rows[label(name)] = [label(name), launcher.describe(work), ", ".join(after) or "at once"]
+    return [["job", "asks for", "starts after"], *rows.values()]
 
 
 def _law_lines(plan: RunPlan, stage: StagePlan) -> list[str]:

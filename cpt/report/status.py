@@ -12,14 +12,17 @@ from typing import Any
 from cpt.base import lock
 from cpt.base.errors import CptError
 from cpt.base.events import Event
+from cpt.launch import batch, launcher_of
+from cpt.launch.batch import Batch, JobState, Sent
 from cpt.plan.types import RunPlan
 from cpt.report import show
 from cpt.report.progress import StageNow
 from cpt.report.runs import names
 from cpt.report.table import aligned
-from cpt.stages import state
+from cpt.stages import send, state
 from cpt.stages.attempt import attempts, read_plan
 
+QUEUED, STUCK, STARTING, DEAD, CANCELLED = "queued", "stuck", "starting", "dead", "cancelled"
 TAIL_BYTES = 256 * 1024  # of each event file: some hundred steps
 
 
@@ -45,6 +48,7 @@ class StageStatus:
     reused_from: str | None  # stage folder of another run
     losses: Mapping[str, float] = field(default_factory=dict)  # newest validation losses, by source [nats/token]
     group: str | None = None  # the law stage that it is a proxy of
+    job: JobState | None = None  # what the queue says about its job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +63,22 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
 
 
-def read_status(folder: Path) -> RunStatus:
+def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> RunStatus:
     """Where a run stands.
+
+    Args:
+        jobs: what the queue says about its jobs, by id; None = it is asked.
 
     Raises:
         UsageError: it is not a run folder, or its plan or a state is damaged.
     """
     plan = read_plan(folder)
+    sent = batch.read_sent(folder)
+    if jobs is None:
+        jobs = _ask([folder])
     stages, left, rate = [], 0, None
     for name in plan.stages:
-        found, now = _stage(plan, folder, name)
+        found, now = _stage(plan, folder, name, _job(sent.get(name, ()), jobs))
         stages.append(found)
         if found.status != state.DONE:
             left += (found.total_tokens or 0) - (found.tokens or 0)
@@ -81,11 +91,63 @@ def read_status(folder: Path) -> RunStatus:
         plan=plan.id,
         held_by=held.text() if held else None,
         seconds_left=left / rate if rate else None,
-        stages=tuple(stages),
+        stages=tuple(_with_reasons(plan, stages)),
     )
 
 
-def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
+def _ask(folders: Sequence[Path]) -> dict[str, JobState]:
+    """What the queue says about the jobs of stages that are not done, of several runs at once."""
+    ids: list[str] = []
+    launcher: Batch | None = None
+    for folder in folders:
+        sent = batch.read_sent(folder)
+        open_stages = [n for n in sent if state.read(folder / "stages" / n).status != state.DONE]
+        if not open_stages:
+            continue
+        made = launcher_of(read_plan(folder).launcher)
+        if isinstance(made, Batch):
+            launcher = made
+            ids += [job.id for n in open_stages for job in sent[n] if job.id]
+    return launcher.ask(ids) if launcher is not None else {}
+
+
+def _job(sent: Sequence[Sent], jobs: Mapping[str, JobState]) -> JobState | None:
+    """The job that a stage is in: the one that is active, else the newest that is known."""
+    known = [jobs[job.id] for job in sent if job.id in jobs]
+    active = [j for j in known if j.state in batch.ACTIVE]
+    return active[0] if active else known[-1] if known else None
+
+
+def _status(said: state.State, job: JobState | None, is_held: bool) -> str:
+    """A stage's state in one word, by its own record first and by the queue where that says more."""
+    if said.status == state.DONE or is_held:
+        return said.status
+    if job is not None and job.state == batch.PENDING:
+        return STUCK if job.stuck else QUEUED
+    if job is not None and job.state in (batch.RUNNING, batch.ENDING):
+        return STARTING if said.status != state.RUNNING else said.status
+    if job is not None and job.state == batch.CANCELLED and said.status == state.PENDING:
+        return CANCELLED
+    if said.status == state.RUNNING and not (job is not None and job.state == batch.UNKNOWN):
+        return DEAD
+    return said.status
+
+
+def _with_reasons(plan: RunPlan, stages: list[StageStatus]) -> list[StageStatus]:
+    """Stages whose jobs were cancelled say which stage before them ended badly."""
+    ended = {s.name: s for s in stages if s.status in (state.FAILED, state.SAVED, DEAD)}
+    found = []
+    for stage in stages:
+        cause = next((n for n in ended if stage.name in send.behind(plan, n)), None)
+        if stage.status == CANCELLED and not stage.reason and cause is not None:
+            stage = dataclasses.replace(
+                stage, reason=f"left the queue because stage `{cause}` is {ended[cause].status}"
+            )
+        found.append(stage)
+    return found
+
+
+def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[StageStatus, StageNow]:
     own = run / "stages" / name
     said = state.read(own)
     now = StageNow(plan=plan.stages[name])
@@ -100,7 +162,7 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
     return StageStatus(
         name=name,
         kind=plan.stages[name].kind,
-        status=said.status if said.status != state.RUNNING or holder else "dead",
+        status=_status(said, job, holder is not None),
         attempt=max(said.attempt, now.attempt),
         step=(train.steps if done else step) if train else None,
         steps=train.steps if train else None,
@@ -116,6 +178,7 @@ def _stage(plan: RunPlan, run: Path, name: str) -> tuple[StageStatus, StageNow]:
         reused_from=said.reference,
         losses=dict(now.losses),
         group=plan.stages[name].group,
+        job=job,
     ), now
 
 
@@ -162,13 +225,18 @@ class RunLine:
 
 def overview(runs: Path) -> list[RunLine]:
     """The runs of a folder, newest first."""
-    return [_line(runs / name) for name in names(runs)]
+    folders = [runs / name for name in names(runs)]
+    try:
+        jobs = _ask(folders)
+    except CptError:  # a damaged run; each line says its own
+        jobs = {}
+    return [_line(folder, jobs) for folder in folders]
 
 
-def _line(folder: Path) -> RunLine:
+def _line(folder: Path, jobs: Mapping[str, JobState]) -> RunLine:
     written = (folder / "plan.json").stat().st_mtime
     try:
-        stages = read_status(folder).stages
+        stages = read_status(folder, jobs).stages
     except CptError:
         stages = ()
     if not stages:
@@ -280,10 +348,30 @@ def status_text(status: RunStatus, now: float) -> str:
         if s.held_by:
             attempt = f", attempt {s.attempt}" if s.attempt > 1 else ""
             notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}")
-        if s.status == "dead":
-            notes.append(
-                f"{name}: nobody works on it any more; the command that started it goes on from its checkpoint"
-            )
+        if s.job is not None and s.status != state.DONE and (text := job_text(s.job)):
+            notes.append(f"{name}: {text}")
+        if s.status == DEAD:
+            again = f"`cpt resume {show.plain(status.name)}` goes on from its checkpoint"
+            notes.append(f"{name}: nobody works on it any more; {again}")
         if s.reason:
             notes.append(f"{name}: {show.plain(s.reason)}")
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def job_text(job: JobState) -> str:
+    """What the queue says about a job, in one line; empty when it says nothing that matters."""
+    name = f"job {job.id}"
+    again = f", started again {job.restarts} time{'s' if job.restarts > 1 else ''}" if job.restarts else ""
+    if job.stuck:
+        return f"{name} {send.stuck_text(job)}"
+    if job.state == batch.UNKNOWN:
+        return f"{name}: the queue does not answer"
+    if job.state == batch.GONE:
+        return f"{name} is not in the queue any more"
+    if job.state == batch.PENDING:
+        return f"{name} waits in the queue" + (f" ({job.reason})" if job.reason else "") + again
+    if job.state in (batch.RUNNING, batch.ENDING):
+        where = f" on {show.plain(job.nodes)}" if job.nodes else ""
+        left = f", {show.show_duration(job.seconds_left)} to its time limit" if job.seconds_left else ""
+        return f"{name} {'runs' if job.state == batch.RUNNING else 'is ending'}{where}{left}{again}"
+    return f"{name} ended: {job.word}" + (f" ({job.reason})" if job.reason and job.reason != "None" else "")

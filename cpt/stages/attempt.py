@@ -5,10 +5,12 @@
     finish  read how the ranks ended · write state.json · give the lock back
 
 `cpt run` calls both; a script calls them as `python -m cpt.stages.attempt begin RUN STAGE` and `... end JOB CODE`.
+In a batch job the second also decides whether the job goes back into the queue (`again`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -22,9 +24,10 @@ from cpt.base import lock
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
 from cpt.base.files import read_json, write_json
 from cpt.checkpoint import store
-from cpt.launch import outcome
+from cpt.launch import Launcher, Work, batch, launcher_of, outcome
+from cpt.launch.batch import Batch, Inside
 from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
-from cpt.stages import STAGES, parents, state
+from cpt.stages import STAGES, again, parents, record, state
 from cpt.stages.state import State
 
 STOP_FILE = "stop"  # in a run's folder: whoever works on it saves and stops
@@ -67,6 +70,18 @@ def read_plan(run_dir: Path) -> RunPlan:
         ) from None
 
 
+def work_of(stage: StagePlan, run_dir: Path, cwd: Path) -> Work:
+    """A stage as launchers see it.
+
+    Args:
+        cwd: where the person typed the command.
+    """
+    train = stage.train
+    layout = f"tp {train.parallel.tp}, pp {train.parallel.pp}, dp {train.parallel.dp}" if train else "one rank"
+    ranks = STAGES.get(stage.kind).num_ranks(stage)
+    return Work(run_dir=run_dir, stage=stage.name, world_size=ranks, layout=layout, python=sys.executable, cwd=cwd)
+
+
 def read_job(job_path: Path) -> tuple[RunPlan, Job]:
     """The plan and the job of a `job.json`."""
     job = from_json(Job, read_json(job_path))
@@ -84,8 +99,11 @@ def attempts(folder: Path) -> list[Path]:
     return [p for number, p in sorted((int(n), p) for n, p in found if n.isdigit())]
 
 
-def begin(run_dir: Path, name: str, holder: lock.Holder) -> Attempt:
+def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None = None) -> Attempt:
     """Start a new attempt at a stage.
+
+    Args:
+        inside: the batch job that makes the attempt.
 
     Raises:
         UsageError: somebody else works on it, or its parent is not done.
@@ -93,13 +111,15 @@ def begin(run_dir: Path, name: str, holder: lock.Holder) -> Attempt:
     plan = read_plan(run_dir)
     stage = plan.stages[name]
     folder = stage_dir(run_dir, name)
-    held, dead = lock.take(folder, holder)
+    held, dead = lock.take(folder, holder, is_gone=_is_gone(plan, inside))
     try:
         old = state.read(folder)
         notes = [f"took over stage `{name}` from {dead.text()}, which is gone"] if dead else []
         start, parent = parents.resolve(plan, stage, run_dir)
-        resume, skipped = store.newest_whole(folder / "checkpoints")
+        resume, skipped = store.newest_good(folder / "checkpoints")
         notes += [f"checkpoint `{path}` is passed over: {why}" for path, why in skipped]
+        if resume is None and start == "native" and parent is not None:
+            parents.refuse_damaged(stage, parent)
         number = max([old.attempt, *(int(p.name.removeprefix("attempt_")) for p in attempts(folder))]) + 1
         attempt_dir = folder / f"attempt_{number}"
         (attempt_dir / "logs").mkdir(parents=True)
@@ -113,6 +133,9 @@ def begin(run_dir: Path, name: str, holder: lock.Holder) -> Attempt:
             resume=str(resume) if resume else None,
             corpora=prepared["corpora"],
             tokenizer=prepared["tokenizer"],
+            fence=held.holder.token,
+            stop_at=inside.stop_at if inside else None,
+            queue_job=inside.id if inside else None,
         )
         write_json(attempt_dir / "job.json", to_json(job))
         step = int(resume.name.removeprefix("iter_")) if resume else 0
@@ -124,6 +147,22 @@ def begin(run_dir: Path, name: str, holder: lock.Holder) -> Attempt:
         held.release()
         raise
     return Attempt(plan, stage, job, attempt_dir, held, tuple(notes))
+
+
+def _is_gone(plan: RunPlan, inside: Inside | None) -> Callable[[lock.Holder], bool]:
+    """Whether the batch job that holds a lock has ended: an earlier start of this job has, the queue knows others."""
+    launcher = launcher_of(plan.launcher)
+
+    def gone(held: lock.Holder) -> bool:
+        if held.job is None:
+            return False
+        if inside is not None and held.job == inside.id:
+            return True
+        if not isinstance(launcher, Batch):
+            return False
+        return launcher.ask([held.job])[held.job].state not in (*batch.ACTIVE, batch.UNKNOWN)
+
+    return gone
 
 
 def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
@@ -241,19 +280,27 @@ def stop_asked(run_dir: Path) -> bool:
 
 
 def pulse(job_path: Path) -> Callable[[], bool]:
-    """What the ranks' parent does once a second: beat the stage's lock, and say whether a stop was asked for."""
+    """What the ranks' parent does once a second: beat the stage's lock if it is still its own, and say whether
+    a stop was asked for.
+    """
     folder = job_path.parent.parent
     run_dir = folder.parent.parent
+    token = read_json(job_path).get("fence")
+    fence = lock.Fence(folder, token) if token is not None else None
 
     def tick() -> bool:
-        lock.beat(folder / lock.NAME)
+        if fence is not None:
+            fence.beat()
         return stop_asked(run_dir)
 
     return tick
 
 
 def main(arguments: list[str]) -> int:
-    """`begin RUN STAGE --holder PID` prints the job's path; `end JOB CODE` records the end and gives the exit code."""
+    """`begin RUN STAGE --holder PID` prints the job's path; `end JOB CODE` records the end and gives the exit code.
+
+    In a batch job `end` prints one word: done, repeat (back into the queue), stopped, guard or failed.
+    """
     try:
         if len(arguments) == 5 and arguments[0] == "begin" and arguments[3] == "--holder":
             return _main_begin(Path(arguments[1]), arguments[2], int(arguments[4]))
@@ -267,14 +314,24 @@ def main(arguments: list[str]) -> int:
 
 
 def _main_begin(run_dir: Path, name: str, holder_pid: int) -> int:
-    if name not in read_plan(run_dir).stages:
+    plan = read_plan(run_dir)
+    if name not in plan.stages:
         raise UsageError(f"the run has no stage `{name}`")
     if state.read(stage_dir(run_dir, name)).status == state.DONE:
         sys.stderr.write(f"note: stage `{name}` is done already\n")
         return 0
-    attempt = begin(run_dir, name, lock.holder_of(holder_pid, f"launch script of `{name}`"))
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
-    for text in attempt.notes:
+    launcher = launcher_of(plan.launcher)
+    inside = launcher.inside(os.environ) if isinstance(launcher, Batch) else None
+    if inside is None:
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+    elif stop_asked(run_dir):
+        sys.stderr.write(f"note: `cpt cancel` has stopped the run; stage `{name}` is not started\n")
+        return SAVED
+    holder = lock.holder_of(holder_pid, f"script of stage `{name}`", job=inside.id if inside else None)
+    attempt = begin(run_dir, name, holder, inside)
+    now = record.environment(Path.cwd(), os.environ, time.time())
+    record.write_environment(attempt.folder, now)
+    for text in (*attempt.notes, *record.differences(run_dir, now)):
         sys.stderr.write(f"note: {text}\n")
     sys.stdout.write(f"{attempt.folder / 'job.json'}\n")
     return 0
@@ -284,14 +341,95 @@ def _main_end(job_path: Path, code: int) -> int:
     plan, job = read_job(job_path)
     folder = job_path.parent.parent
     holder = lock.read_holder(folder)
-    if holder is None or holder.pid not in _ourselves():
+    if holder is None or (job.fence is not None and holder.token != job.fence) or holder.pid not in _ourselves():
         raise UsageError(f"the lock of `{folder}` was taken over meanwhile; nothing is recorded")
     attempt = Attempt(plan, plan.stages[job.stage], job, job_path.parent, lock.Lock(folder, holder))
-    code = finish(attempt, code)
+    launcher = launcher_of(plan.launcher)
+    code = finish(attempt, _code_of_ranks(attempt, code) if job.queue_job is not None else code)
+    if job.queue_job is not None and isinstance(launcher, Batch):
+        word = _word(attempt, code, launcher)
+        if word != "repeat":
+            from cpt.stages import send
+
+            send.cancel_useless(plan, Path(job.run_dir), job.stage, job.queue_job, launcher, is_done=word == "done")
+        sys.stdout.write(f"{word}\n")
+        sys.stdout.flush()
+        sys.stderr.write(f"note: stage `{job.stage}`: {_said(state.read(folder))}\n")
+        return {"done": DONE, "guard": GUARD, "failed": FAILED}.get(word, SAVED)
     if code not in (DONE, SAVED, GUARD):
         raise failure_error(attempt.folder, attempt.stage, str(folder / "launch.sh"))
     sys.stderr.write(f"note: stage `{job.stage}`: {state.read(folder).status}\n")
     return code
+
+
+def _code_of_ranks(attempt: Attempt, code: int) -> int:
+    """How the ranks of a batch job ended, by what they wrote: a queue's own code says little about any of them.
+
+    Args:
+        code: of the command that started them; 75 = a stop came before that.
+    """
+    if any((attempt.folder / "ranks").glob("*.json")):
+        failed = (attempt.folder / "failure.json").exists()
+        return FAILED if failed else outcome.conclude(attempt.folder, attempt.num_ranks)
+    started = any((attempt.folder / "logs").glob("rank_*.log"))
+    return code if code not in (DONE, GUARD, SAVED) or (code == SAVED and not started) else FAILED
+
+
+def _said(now: State) -> str:
+    return f"{now.status}: {now.reason}" if now.reason else now.status
+
+
+def _word(attempt: Attempt, code: int, launcher: Batch) -> str:
+    """What becomes of the batch job of an attempt that has been recorded."""
+    run_dir = Path(attempt.job.run_dir)
+    asked = stop_asked(run_dir)
+    verdict, why = verdict_on(attempt, code, launcher, asked=asked)
+    if verdict == again.REPEAT:
+        return "repeat"
+    if why:
+        old = state.read(attempt.stage_dir)
+        reason = f"{old.reason}; {why}"
+        state.write(attempt.stage_dir, dataclasses.replace(old, status=state.FAILED, reason=reason))
+        return "failed"
+    return {DONE: "done", GUARD: "guard", SAVED: "stopped"}.get(code, "failed")
+
+
+def verdict_on(
+    attempt: Attempt, code: int, launcher: Launcher, *, asked: bool = False, first: int = 1
+) -> tuple[str, str]:
+    """Whether a stage is tried again by itself, see `again.decide`. The attempt's end has been recorded.
+
+    Args:
+        code: what `finish` gave.
+        asked: somebody has asked for a stop.
+        first: the attempt that counting begins with: what went wrong before a person looked counts no more.
+    """
+    failure = attempt.folder / "failure.json"
+    is_fault = code not in (DONE, SAVED, GUARD) and outcome.is_machine_fault(read_json(failure))
+    ended = again.Ended(
+        code=code,
+        is_fault=is_fault,
+        is_asked=asked,
+        began_at=_began_at(attempt.stage_dir, first),
+        step=state.read(attempt.stage_dir).step or 0,
+    )
+    return again.decide(
+        ended,
+        retries=launcher.retries,
+        max_attempts=launcher.max_attempts if isinstance(launcher, Batch) else None,
+        has_steps=attempt.stage.train is not None,
+    )
+
+
+def _began_at(stage_dir: Path, first: int = 1) -> list[int]:
+    """The steps at which the attempts from `first` on went on; those killed before they had begun are left out."""
+    found = []
+    for folder in attempts(stage_dir):
+        if int(folder.name.removeprefix("attempt_")) >= first:
+            with contextlib.suppress(FileNotFoundError):
+                resume = read_json(folder / "job.json").get("resume")
+                found.append(int(Path(resume).name.removeprefix("iter_")) if resume else 0)
+    return found
 
 
 def _ourselves() -> set[int]:

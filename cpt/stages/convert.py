@@ -19,6 +19,7 @@ from typing import ClassVar
 from cpt.base.errors import DONE, UsageError
 from cpt.base.events import EventLog
 from cpt.base.files import fsync_folder
+from cpt.base.lock import Fence
 from cpt.plan.types import Job, RunPlan
 from cpt.stages import STAGES, StageKind
 
@@ -143,7 +144,8 @@ def _to_native(plan: RunPlan, job: Job, stage_dir: Path) -> Path:
             parent={"path": job.parent, "identity": plan.base.identity},
             attempt=job.attempt,
         )
-        saver = StageStore(stage_dir, Saving(), origin=origin)
+        fence = Fence(stage_dir, job.fence) if job.fence is not None else None
+        saver = StageStore(stage_dir, Saving(), origin=origin, fence=fence)
         return saver.save(engine, Progress(), phase="end")
     finally:
         distributed.shutdown()

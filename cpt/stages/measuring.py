@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpt.base import pulse
+from cpt.launch.heartbeat import collective_seconds, hang_after
 from cpt.plan.types import Job, ModelConfig, Parallel
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class Measuring:
         """Losses of the loaded weights as an `eval` event with these fields; False after a stop. Collective."""
         from cpt.engine.evaluate import validation_losses
 
+        pulse.current.say(pulse.EVAL, 0)
         begun = self.report.clock()
         found = validation_losses(
             self.engine, sets, micro_batch_size=micro_batch_size, dp_rank=self.dp_rank, stopped=self.stopped
@@ -58,12 +62,14 @@ def measuring(job: Job, model: ModelConfig, layout: Parallel, precision: str) ->
     """Join the ranks, begin the log, build the model; leave the ranks at the end."""
     from cpt.engine import distributed, megatron
     from cpt.engine.signals import StopFlag
+    from cpt.stages.attempt import stop_asked
     from cpt.stages.train import reporter
 
-    stop = StopFlag()
+    stop = StopFlag(stop_at=job.stop_at, watch=lambda: stop_asked(Path(job.run_dir)))
     stop.install()
     rank, world_size, local_rank = distributed.place()
-    distributed.init(layout, rank, world_size, local_rank)
+    wait = collective_seconds(hang_after(os.environ))
+    distributed.init(layout, rank, world_size, local_rank, collective_s=wait)
     try:
         attempt = Path(job.run_dir) / "stages" / job.stage / f"attempt_{job.attempt}"
         report = reporter(attempt / "events.jsonl", rank)

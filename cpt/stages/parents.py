@@ -62,6 +62,19 @@ def _of_stage(plan: RunPlan, stage: StagePlan, parent: StagePlan, run_dir: Path)
     return "native", fork
 
 
+def refuse_damaged(stage: StagePlan, folder: Path) -> None:
+    """Refuse to start a stage from one of our checkpoints whose bytes are not those that were written. Reads them all.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    if (folder / manifest.NAME).is_file() and (why := store.why_damaged(folder)):
+        raise UsageError(
+            f"stage `{stage.name}` starts from `{folder}`, which is damaged: {why}",
+            "where a stage of this run has written it, `cpt resume` writes it again",
+        )
+
+
 def fork_step(parent: StagePlan, at: int | str | None) -> int | None:
     """The step of a parent at which a child starts; None = its end."""
     if at == "pre_anneal":
@@ -86,8 +99,12 @@ def _folder(path: Path, at: int | str | None) -> tuple[str, Path]:
     return "native", store.resolve(path)
 
 
-def missing_result(stage: StagePlan, stage_dir: Path) -> str | None:
-    """What a stage should have left in its folder and has not; None when all is there."""
+def missing_result(stage: StagePlan, stage_dir: Path, *, deep: bool = False) -> str | None:
+    """What a stage should have left in its folder and has not; None when all is there.
+
+    Args:
+        deep: read all bytes of its last checkpoint too.
+    """
     if stage.train is not None:
         newest, _ = store.newest_whole(stage_dir / "checkpoints")
         if newest is None:
@@ -95,6 +112,8 @@ def missing_result(stage: StagePlan, stage_dir: Path) -> str | None:
         found = manifest.read(newest)
         if found.phase != "end":
             return f"its newest whole checkpoint `{newest}` is of step {found.step:,}, not of its end"
+        if deep and (why := store.why_damaged(newest)):
+            return f"its last checkpoint `{newest}` is damaged: {why}"
     elif stage.kind == "law" and not (stage_dir / RESULT).is_file():
         return f"`{stage_dir / RESULT}` is missing"
     elif stage.kind == "convert":

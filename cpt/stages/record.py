@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt import __version__
-from cpt.base.files import append_line, write_atomic, write_json
+from cpt.base.files import append_line, read_json, write_atomic, write_json
 from cpt.plan.types import RunPlan, to_json
 
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "gigatoken", "safetensors", "pyarrow", "wandb")
@@ -46,10 +46,11 @@ def write_plan(run_dir: Path, plan: RunPlan) -> None:
 
 
 def write_command(run_dir: Path, command: Sequence[str], now: float) -> None:
-    """Append the command as typed to `command.txt`, with its time."""
+    """Append the command as typed to `command.txt`, with its time; whole or not at all, as `cpt resume` reads it."""
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(now))
-    with open(run_dir / "command.txt", "a", encoding="utf-8") as file:
-        file.write(f"# {when}\n{shlex.join(command)}\n")
+    path = run_dir / "command.txt"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomic(path, f"{old}# {when}\n{shlex.join(command)}\n")
 
 
 def environment(cwd: Path, environ: Mapping[str, str], now: float) -> dict[str, Any]:
@@ -107,6 +108,27 @@ def _git(cwd: Path, *arguments: str) -> str | None:
 def write_environment(folder: Path, found: Mapping[str, Any]) -> None:
     """`environment.json` of a run or an attempt."""
     write_json(folder / "environment.json", dict(found))
+
+
+def differences(run_dir: Path, now: Mapping[str, Any]) -> list[str]:
+    """What has changed in versions and code since the run's records were written, one sentence each."""
+    try:
+        before = read_json(run_dir / "environment.json")
+    except (OSError, ValueError):
+        return []
+    found = [
+        f"{what} was {before.get(key)} when the run was sent and is {now.get(key)}"
+        for key, what in (("cpt", "cpt"), ("python", "Python"))
+        if before.get(key) != now.get(key)
+    ]
+    was, packages = before.get("packages") or {}, now.get("packages") or {}
+    found += [f"{n} was {was[n]} when the run was sent and is {v}" for n, v in packages.items() if was.get(n, v) != v]
+    old, new = before.get("git") or {}, now.get("git") or {}
+    if old and new and (old.get("commit"), old.get("diff")) != (new.get("commit"), new.get("diff")):
+        commits = f"{str(old.get('commit'))[:9]} → {str(new.get('commit'))[:9]}"
+        same = old.get("commit") == new.get("commit")
+        found.append(f"the code in `{new.get('root')}` has changed ({'uncommitted changes' if same else commits})")
+    return found
 
 
 def write_event(run_dir: Path, event: Mapping[str, Any]) -> None:

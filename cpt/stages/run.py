@@ -2,6 +2,7 @@
 
     plan ─▶ prepare tokenizer and corpora ─▶ the plan again, by content hashes ─▶ run folder, lock
         ─▶ for each stage: decide (keep, re-use, run, refuse) ─▶ attempt ─▶ ranks ─▶ state
+           │                                                 └─ with a queue: a script, sent as a job (`send`)
            └─ behind a law: the plan again, with the values that the law gives
 
 A second call does only what is not done, and says why.
@@ -14,7 +15,6 @@ import dataclasses
 import errno
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,11 @@ from cpt.base import lock
 from cpt.base.errors import DONE, GUARD, SAVED, CptError, EnvironmentProblem, GuardStop, StoppedAndSaved, UsageError
 from cpt.base.events import Event, stage_events
 from cpt.base.files import read_json, write_json
-from cpt.launch import LAUNCHERS, Launch, Launcher
+from cpt.launch import Direct, Launch, Work, launcher_of
+from cpt.launch.batch import Batch, Sent
 from cpt.plan.types import RunPlan, StagePlan
+from cpt.stages import again, decide, law_values, parents, record, reuse, send, state
 from cpt.stages import attempt as attempts
-from cpt.stages import decide, law_values, parents, record, reuse, state
 from cpt.stages.decide import Decision
 from cpt.stages.follow import Stop, follow
 from cpt.stages.guard import guard_text
@@ -60,12 +61,17 @@ class Settings:
 
 @dataclass
 class Result:
-    """How a run ended. `error` is what the command ends with, None when everything is done."""
+    """How a run ended. `error` is what the command ends with, None when everything is done.
+
+    Args:
+        sent: jobs by stage, where a queue does the work.
+    """
 
     run_dir: Path
     plan: RunPlan
     decisions: list[Decision] = field(default_factory=list)
     error: CptError | None = None
+    sent: dict[str, tuple[Sent, ...]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -104,6 +110,7 @@ def run(
         try:
             # Looked at again under the lock: another process may have made the folder meanwhile.
             _refuse_other_plan(plan, run_dir, settings)
+            send.refuse_active(run_dir)
             (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
             environment = record.environment(settings.cwd, settings.environ, settings.clock())
             changes = reuse.changes_by_stage(plan, run_dir)
@@ -215,11 +222,23 @@ def _write_records(
     attempts.write_prepared(run_dir, prepared.corpora, prepared.tokenizer)
 
 
-def launcher_of(plan: RunPlan) -> Launcher:
-    """The launcher that a plan names, with its options."""
-    options = dict(plan.launcher)
-    name = options.pop("launcher", None) or options.pop("kind", None) or options.pop("name", None) or "local"
-    return LAUNCHERS.get(str(name))(**options)
+def plan_with_laws(plan: RunPlan, run_dir: Path, rebuild: Rebuild, laws: Mapping[str, Path], command: str) -> RunPlan:
+    """Make the plan again with what laws give, and write it.
+
+    Args:
+        laws: folders of law stages that are done, by stage.
+
+    Raises:
+        UsageError: what the plan is made from has changed meanwhile.
+    """
+    made = rebuild(laws)
+    if made.id != plan.id:
+        raise UsageError(
+            "the data or the base checkpoint have changed since the run began", f"`{command}` says what differs"
+        )
+    made = dataclasses.replace(made, name=plan.name)
+    record.write_plan(run_dir, made)
+    return made
 
 
 class _Diary:
@@ -282,7 +301,9 @@ class _Stages:
         self.settings, self.diary, self.stop, self.held = settings, diary, stop, held
         self.environment = environment
         self.changes = changes
-        self.launcher = launcher_of(self.plan)
+        self.launcher = launcher_of(self.plan.launcher)
+        self.to_send: list[StagePlan] = []
+        self.first: dict[str, int] = {}  # by stage the first attempt of this command
         self.again = shlex.join(settings.command)
         self.latest: dict[str, Any] = {
             "run": self.plan.name,
@@ -301,8 +322,11 @@ class _Stages:
         try:
             for name in list(self.plan.stages):
                 self._one(self.plan.stages[name])
-                if self.plan.stages[name].kind == "law":
+                if self.plan.stages[name].kind == "law" and not self.to_send:
                     self._take_law(name)
+            if self.to_send:
+                self._send()
+                return
         except CptError as error:
             self._snapshot(status={SAVED: "saved", GUARD: "guard"}.get(error.exit_code, "failed"), reason=error.message)
             raise
@@ -313,7 +337,7 @@ class _Stages:
 
     def _one(self, stage: StagePlan) -> None:
         folder = attempts.stage_dir(self.run_dir, stage.name)
-        if stage.assumed:
+        if stage.assumed and not self.to_send:
             raise law_values.refusal(self.plan, stage, self.run_dir)
         decision = self._decide(stage, folder)
         self.result.decisions.append(decision)
@@ -331,21 +355,27 @@ class _Stages:
         state_before = state.read(folder)
         if state_before.status == state.DONE:  # its result is gone
             state.write(folder, dataclasses.replace(state_before, status=state.PENDING, reference=None))
+        if isinstance(self.launcher, Batch):
+            self._mark(stage, state.PENDING, decision.why)
+            self.to_send.append(stage)
+            return
         self._mark(stage, state.RUNNING, decision.why)
-        self._attempt(stage)
+        while not self._attempt(stage):
+            pass
+
+    def _send(self) -> None:
+        """Hand what is to be done to the queue."""
+        assert isinstance(self.launcher, Batch)
+        works = {stage.name: self._work(stage) for stage in self.to_send}
+        self.result.sent = send.send(self.plan, self.launcher, works, self.diary.write)
+        self._snapshot(status="sent")
 
     def _take_law(self, law: str) -> None:
         """Make and write the plan again with what a law gives; one that must not be used leaves it as it is."""
         self.laws[law] = state.home(attempts.stage_dir(self.run_dir, law))
         if not law_values.users(self.plan, law):
             return
-        plan = self.rebuild(self.laws)
-        if plan.id != self.plan.id:
-            raise UsageError(
-                "the data or the base checkpoint have changed since the run began", f"`{self.again}` says what differs"
-            )
-        self.plan = self.result.plan = dataclasses.replace(plan, name=self.plan.name)
-        record.write_plan(self.run_dir, self.plan)
+        self.plan = self.result.plan = plan_with_laws(self.plan, self.run_dir, self.rebuild, self.laws, self.again)
         values, _ = law_values.result(self.laws[law])
         if values:
             self.diary.note(law_values.taken(self.plan, law, values))
@@ -364,7 +394,9 @@ class _Stages:
             stage,
             decide.Found(
                 state=found,
-                missing=parents.missing_result(stage, done_home) if found.status == state.DONE else None,
+                missing=parents.missing_result(stage, done_home, deep=self._is_wanted(stage))
+                if found.status == state.DONE
+                else None,
                 step=int(newest.name.removeprefix("iter_")) if newest else None,
                 alike=alike,
                 changed=nearest.changed,
@@ -372,6 +404,16 @@ class _Stages:
                 parent_changed=nearest.parent_changed,
             ),
         )
+
+    def _is_wanted(self, stage: StagePlan) -> bool:
+        """Whether another stage is still to start from the end of this one."""
+        for child in self.plan.stages.values():
+            folder = attempts.stage_dir(self.run_dir, child.name)
+            if child.parent == stage.name and state.read(folder).status != state.DONE:
+                newest, _ = parents.store.newest_whole(folder / "checkpoints")
+                if newest is None:
+                    return True
+        return False
 
     def _refusal(self, stage: StagePlan, decision: Decision) -> CptError:
         message = f"stage `{stage.name}` {decision.why}"
@@ -382,7 +424,13 @@ class _Stages:
             )
         return UsageError(message, "choose another `name`, or `--fresh` to start again in a new folder")
 
-    def _attempt(self, stage: StagePlan) -> None:
+    def _attempt(self, stage: StagePlan) -> bool:
+        """One attempt; whether it ended the stage. False = it failed for a fault of the machine and is to be repeated.
+
+        Raises:
+            CptError: it ended in another way than done.
+        """
+        assert isinstance(self.launcher, Direct)
         holder = lock.holder_of(os.getpid(), self.again)
         attempt = attempts.begin(self.run_dir, stage.name, holder)
         for text in attempt.notes:
@@ -407,20 +455,23 @@ class _Stages:
             )
         finally:
             code = attempts.finish(attempt, code, now=killed)
+        first = self.first.setdefault(stage.name, attempt.job.attempt)
+        verdict, why = attempts.verdict_on(attempt, code, self.launcher, asked=self.stop.asked, first=first)
+        if verdict == again.REPEAT:
+            ended = state.read(attempt.stage_dir)
+            self._mark(stage, ended.status, ended.reason)
+            self.diary.note(f"stage `{stage.name}` is tried again: {ended.reason}")
+            return False
+        if why:
+            self.diary.note(f"stage `{stage.name}` is {why}")
         self._conclude(stage, attempt, code)
+        return True
 
     def _launch(self, attempt: attempts.Attempt) -> Launch:
-        train = attempt.stage.train
-        layout = f"tp {train.parallel.tp}, pp {train.parallel.pp}, dp {train.parallel.dp}" if train else "one rank"
-        return Launch(
-            run_dir=self.run_dir,
-            stage=attempt.stage.name,
-            attempt_dir=attempt.folder,
-            world_size=attempt.num_ranks,
-            layout=layout,
-            python=sys.executable,
-            cwd=self.settings.cwd,
-        )
+        return Launch(**vars(self._work(attempt.stage)), attempt_dir=attempt.folder)
+
+    def _work(self, stage: StagePlan) -> Work:
+        return attempts.work_of(stage, self.run_dir, self.settings.cwd)
 
     def _conclude(self, stage: StagePlan, attempt: attempts.Attempt, code: int) -> None:
         ended = state.read(attempt.stage_dir)

@@ -8,14 +8,18 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpt.base import pulse
 from cpt.base.errors import DONE, GUARD, SAVED, StageFailed
 from cpt.base.events import EventLog
 from cpt.base.files import read_json, write_json
+from cpt.base.lock import Fence
+from cpt.launch.heartbeat import collective_seconds, hang_after
 from cpt.plan.types import Job, RunPlan, StagePlan, Train
 from cpt.stages import STAGES, StageKind
 
@@ -37,13 +41,16 @@ class TrainStage(StageKind):
         """Train on this rank; 0 done, 75 saved with more to do, 4 ended by a guard."""
         from cpt.engine import distributed
         from cpt.engine.signals import StopFlag
+        from cpt.stages.attempt import stop_asked
 
         stage = plan.stages[job.stage]
         assert stage.train is not None and plan.model_of(stage) is not None
-        stop = StopFlag()
+        stop = StopFlag(stop_at=job.stop_at, watch=lambda: stop_asked(Path(job.run_dir)))
         stop.install()
         rank, world_size, local_rank = distributed.place()
-        distributed.init(stage.train.parallel, rank, world_size, local_rank, seed=stage.train.seed)
+        wait = collective_seconds(hang_after(os.environ))
+        layout, seed = stage.train.parallel, stage.train.seed
+        distributed.init(layout, rank, world_size, local_rank, seed=seed, collective_s=wait)
         try:
             return _Rank(plan, job, stage, stage.train, rank, stop).run()
         finally:
@@ -88,6 +95,7 @@ class _Rank:
             self.train.saving,
             origin=origin,
             keep_steps=self.stage.keep_steps,
+            fence=Fence(self.stage_dir, self.job.fence) if self.job.fence is not None else None,
             warn=lambda text: self.report("warning", text=text, step=0),
         )
 
@@ -171,6 +179,7 @@ class _Rank:
         def warn(text: str) -> None:
             self.report("warning", text=text, step=0)
 
+        pulse.current.say(pulse.LOAD, int(Path(resume).name.removeprefix("iter_")) if resume is not None else 0)
         if resume is not None:
             return native.load(engine, resume, warn=warn)
         if self.job.start == "scratch":

@@ -52,13 +52,19 @@ class Runs:
 
     def start(self, runs: str, *overrides: str) -> Running:
         """Start `cpt run` in the background; its output goes to `<runs>.out`."""
+        return self._start(runs, "run", f"recipe={self.recipe}", f"runs={runs}", "name=it", *overrides)
+
+    def resume(self, runs: str) -> Running:
+        """Go on with a run in the background, by `cpt resume`."""
+        return self._start(runs, "resume", f"{runs}/it")
+
+    def _start(self, runs: str, *words: str) -> Running:
         run_dir = self.folder / runs / "it"
         before = {p.name: len(list(p.glob("attempt_*"))) for p in (run_dir / "stages").glob("*")}
-        words = [*self.command, "run", f"recipe={self.recipe}", f"runs={runs}", "name=it", *overrides]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         with open(self.folder / f"{runs}.out", "ab") as out:
             process = subprocess.Popen(
-                words, cwd=self.folder, env=environ, stdout=out, stderr=out, start_new_session=True
+                [*self.command, *words], cwd=self.folder, env=environ, stdout=out, stderr=out, start_new_session=True
             )
         return Running(process, run_dir, self.folder / f"{runs}.out", before=before)
 
@@ -158,20 +164,18 @@ def inside_a_save(stage: str) -> Moment:
 
     def wait(running: Running, chance: random.Random) -> None:
         folder = running.run_dir / "stages" / stage / "checkpoints"
-        old = {p.name for _, p in store.steps(folder)}
         running.wait_until(lambda: _step(running, stage) >= 0, f"the first step of {stage}")
         running.ranks()  # looked for now: a save of a small model is over in a tenth of a second
 
         def half_written() -> bool:
-            new = [p for _, p in store.steps(folder) if p.name not in old]
-            return any(not (p / manifest.NAME).exists() for p in new)
+            return any(not (p / manifest.NAME).exists() for p in folder.glob(".writing-*"))
 
         running.wait_until(half_written, f"a save of {stage}", every=0.0002)
 
     def check(running: Running) -> None:
         folder = running.run_dir / "stages" / stage / "checkpoints"
-        assert [p for _, p in store.steps(folder) if not store.is_whole(p)], (
-            "every checkpoint is whole: killed too late"
+        assert [p for p in folder.glob(".writing-*") if not store.is_whole(p)], (
+            "nothing is being saved: killed too late"
         )
 
     return Moment(f"inside a save of {stage}", wait, check, quick=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +166,8 @@ def weights(folder: Path) -> dict[str, Any]:
 @METHODS.add("test_sabotage")
 @dataclass(frozen=True, kw_only=True)
 class Sabotage(Method):
-    """Breaks a run on purpose at one step: a NaN gradient, weights blown up, or a signal on one rank.
+    """Breaks a run on purpose at one step: a NaN gradient, weights blown up, a signal on one rank, or one that computes
+    slowly up to there and then never goes on.
 
     With `once`, only when that file does not exist; it is made then.
     """
@@ -189,6 +191,16 @@ class Sabotage(Method):
             next(p for p in engine.chunks[0].parameters() if p.requires_grad).main_grad.view(-1)[0] = float("nan")
         if self.what == "signal" and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.what == "stuck" and rank == 1:
+            time.sleep(600)
+
+    def loss(self, engine: Any, losses_BS: Any, microbatch: Any) -> Any:
+        """One rank is slow."""
+        import os
+
+        if self.what == "stuck" and os.environ["RANK"] == "1":
+            time.sleep(0.1)
+        return losses_BS
 
     def update(self, engine: Any, step: int) -> None:
         """Weights of the last layers times fifty, on every rank alike."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cpt.base import lock
-from cpt.base.errors import UsageError
+from cpt.base.errors import Fenced, UsageError
 from cpt.base.files import write_json
 
 
@@ -102,3 +102,65 @@ def test_a_damaged_lock_file_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).write_text("{")
     assert lock.live_holder(tmp_path) is None
     assert lock.take(tmp_path, me())[0].is_ours()
+
+
+def elsewhere(job: str | None, since: float = 0.0) -> lock.Holder:
+    """A holder on another machine."""
+    return dataclasses.replace(me(), machine="another boot", host="node7", job=job, since=since)
+
+
+def test_a_job_that_was_requeued_takes_its_own_lock_over_at_once(tmp_path: Path) -> None:
+    write_json(tmp_path / lock.NAME, dataclasses.asdict(elsewhere("41")))
+    with pytest.raises(UsageError, match=r"`node7` \(job 41\)"):
+        lock.take(tmp_path, lock.holder_of(os.getpid(), "script", job="42"))
+    held, before = lock.take(tmp_path, lock.holder_of(os.getpid(), "script", job="41"))
+    assert before is not None and before.host == "node7" and held.is_ours()
+
+
+def test_a_job_that_started_earlier_takes_nothing_from_its_later_start(tmp_path: Path) -> None:
+    write_json(tmp_path / lock.NAME, dataclasses.asdict(elsewhere("41", since=time.time() + 50)))
+    with pytest.raises(UsageError):
+        lock.take(tmp_path, lock.holder_of(os.getpid(), "script", job="41"))
+
+
+def test_a_queue_is_asked_whether_the_job_of_a_holder_is_gone(tmp_path: Path) -> None:
+    write_json(tmp_path / lock.NAME, dataclasses.asdict(elsewhere("41")))
+    asked = []
+
+    def is_gone(held: lock.Holder) -> bool:
+        asked.append(held.job)
+        return len(asked) > 1
+
+    with pytest.raises(UsageError):
+        lock.take(tmp_path, me(), is_gone=is_gone)
+    assert lock.take(tmp_path, me(), is_gone=is_gone)[0].is_ours()
+    assert asked == ["41", "41"]
+    with pytest.raises(UsageError):  # a living process of this machine is no question
+        lock.take(tmp_path, me("other"), is_gone=lambda held: True)
+
+
+def test_lock_files_of_older_and_newer_releases_are_read(tmp_path: Path) -> None:
+    value = dataclasses.asdict(me())
+    del value["job"]
+    write_json(tmp_path / lock.NAME, {**value, "colour": "green"})
+    held = lock.live_holder(tmp_path)
+    assert held is not None and held.job is None
+
+
+def test_a_fence_closes_when_the_lock_is_taken_over_or_gone(tmp_path: Path) -> None:
+    (tmp_path / "domain").mkdir()
+    held, _ = lock.take(tmp_path / "domain", me())
+    fence = lock.Fence(tmp_path / "domain", held.holder.token)
+    fence.check()
+    os.utime(held.path, (1, 1))
+    fence.beat()
+    assert held.path.stat().st_mtime > 1
+    held.release()
+    with pytest.raises(Fenced, match="another attempt has taken over `domain`; this one publishes nothing"):
+        fence.check()
+    lock.take(tmp_path / "domain", me("other"))
+    with pytest.raises(Fenced):
+        fence.check()
+    os.utime(held.path, (1, 1))
+    fence.beat()
+    assert held.path.stat().st_mtime == 1, "the sign of life of one that lost the lock counts for nobody"

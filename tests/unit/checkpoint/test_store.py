@@ -78,6 +78,52 @@ def test_the_newest_whole_checkpoint_wins_and_the_others_are_named(tmp_path: Pat
     assert store.is_whole(good) and not any(store.is_whole(p) for p, _ in skipped)
 
 
+def test_a_checkpoint_with_other_bytes_than_were_written_is_set_aside_and_named(tmp_path: Path) -> None:
+    good = a_checkpoint(tmp_path, 100)
+    flipped = a_checkpoint(tmp_path, 200)
+    (flipped / "__0_0.distcp").write_bytes(b"hallo")
+    lost = a_checkpoint(tmp_path, 300)
+    (lost / "__0_0.distcp").unlink()
+    torn = a_checkpoint(tmp_path, 400)
+    (torn / manifests.NAME).write_text("{")
+    assert store.newest_whole(tmp_path)[0] == flipped, "sizes alone do not show it"
+    found, skipped = store.newest_good(tmp_path)
+    assert found == good
+    assert [p for p, _ in skipped] == [torn, lost, flipped]
+    assert skipped[1][1] == "`__0_0.distcp` is missing; it is kept as `.damaged-iter_0000300`"
+    assert "`__0_0.distcp` has other bytes than were written" in skipped[2][1]
+    assert (tmp_path / ".damaged-iter_0000200" / "__0_0.distcp").read_bytes() == b"hallo"
+    assert store.steps(tmp_path) == [(100, good)]
+    assert store.newest_good(tmp_path) == (good, [])
+    again = a_checkpoint(tmp_path, 200)
+    (again / "__0_0.distcp").write_bytes(b"hollo")
+    assert store.newest_good(tmp_path)[0] == good and (tmp_path / ".damaged-iter_0000200.1").is_dir()
+
+
+def test_what_is_unfinished_or_of_a_newer_release_is_passed_over_where_it_is(tmp_path: Path) -> None:
+    good = a_checkpoint(tmp_path, 1)
+    newer = a_checkpoint(tmp_path, 2)
+    write_json(newer / manifests.NAME, {"format": "cpt-native", "version": 99})
+    (tmp_path / "iter_0000003").mkdir()
+    found, skipped = store.newest_good(tmp_path)
+    assert found == good and [p.name for p, _ in skipped] == ["iter_0000003", "iter_0000002"]
+    assert newer.is_dir() and (tmp_path / "iter_0000003").is_dir()
+
+
+def test_a_save_that_lacked_only_its_rename_is_gone_on_from(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path, 1)
+    a_checkpoint(tmp_path, 2).rename(tmp_path / ".writing-4-iter_0000002")
+    assert store.newest_good(tmp_path) == (tmp_path / "iter_0000002", [])
+
+
+def test_an_attempt_removes_what_older_ones_left_and_leaves_what_a_newer_one_writes(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path, 5)
+    for name in (".writing-1-iter_0000006", ".writing-2-iter_0000006", ".writing-3-iter_0000006"):
+        (tmp_path / name).mkdir()
+    assert store.clean(tmp_path, attempt=2) == [tmp_path / "iter_0000006"] * 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-3-iter_0000006", "iter_0000005"]
+
+
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert store.newest_whole(tmp_path) == (None, [])
     assert store.newest_whole(tmp_path / "none") == (None, [])

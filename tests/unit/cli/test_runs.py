@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from cpt.base.errors import GuardStop, StoppedAndSaved
 from cpt.base.files import write_json
 from cpt.cli import failures
+from cpt.launch import batch
 from cpt.stages import state
 from tests import made_run
 from tests.command import cpt
@@ -112,3 +114,31 @@ def test_two_plans_of_one_name_are_told_apart_by_what_was_typed(run: Path) -> No
     write_json(other / "plan.json", plan)
     head = cpt("diff", NAME, f"other/{NAME}").out.splitlines()[0]
     assert head.split() == ["key", NAME, "(7c1e92)", f"other/{NAME}", "(7c1e92)"]
+
+
+def test_the_log_of_a_job_stands_in_for_ranks_that_have_none(run: Path) -> None:
+    stage = run / "stages" / "anneal"
+    shutil.rmtree(stage / "attempt_1")
+    (stage / "logs").mkdir(exist_ok=True)
+    log = stage / "logs" / "run-anneal-7.log"
+    batch.note_sent(run, "anneal", batch.Sent(id="7", token="t", script="job.sbatch", log=str(log)))
+    ended = cpt("logs", NAME, "--stage", "anneal")
+    assert ended.code == 0 and "job 7 of `anneal` has printed nothing" in ended.err
+    log.write_text("module: command not found\n")
+    ended = cpt("logs", NAME, "--stage", "anneal")
+    assert ended.out == "module: command not found\n"
+    assert f"`{log}`: what the script of job 7 printed, as no rank of `anneal` has written" in ended.err
+
+
+def test_the_log_of_a_job_is_shown_when_asked_for(run: Path) -> None:
+    stage = run / "stages" / "domain"
+    (stage / "attempt_2" / "logs" / "rank_0000.log").write_text("a rank\n")
+    for id in ("7", "9"):
+        log = stage / f"{id}.log"
+        batch.note_sent(run, "domain", batch.Sent(id=id, token=id, script="job.sbatch", log=str(log)))
+        log.write_text(f"job {id}\n")
+    assert cpt("logs", NAME, "--stage", "domain").out == "a rank\n"
+    assert cpt("logs", NAME, "--stage", "domain", "--job").out == "job 9\n"
+    assert cpt("logs", NAME, "--job").out == "job 9\n"
+    ended = cpt("logs", NAME, "--stage", "base", "--job")
+    assert ended.code == 2 and "stage `base` was not sent to a queue" in ended.err

@@ -55,6 +55,14 @@ def test_options_refuse_nonsense() -> None:
     assert Local(devices=8).num_devices() == 8
 
 
+def test_the_time_after_which_a_stage_hangs_reaches_the_ranks(tmp_path: Path) -> None:
+    assert "export CPT_HANG_AFTER=1800\n" in Local().write_script(launch(tmp_path)).read_text()
+    assert "export CPT_HANG_AFTER=90\n" in Local(hang_after="90s").write_script(launch(tmp_path)).read_text()
+    assert "export CPT_HANG_AFTER=0\n" in Local(hang_after=0).write_script(launch(tmp_path)).read_text()
+    with pytest.raises(UsageError, match=r"`launcher\.hang_after`: `soon` is not a length of time"):
+        Local(hang_after="soon")
+
+
 def test_names_are_quoted_as_the_shell_reads_them(tmp_path: Path) -> None:
     text = Local().write_script(launch(tmp_path, "my-stage")).read_text()
     line = next(line for line in text.splitlines() if "attempt begin" in line)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.base.errors import DONE, FAILED, GUARD, SAVED, EnvironmentProblem
+from cpt.base.errors import DONE, FAILED, GUARD, SAVED, EnvironmentProblem, Fenced, UsageError
 from cpt.launch import outcome
 from cpt.launch.explain import explain
 
@@ -91,3 +91,23 @@ def test_a_rank_that_cannot_join_the_others_is_named() -> None:
     assert found["kind"] == "connect"
     assert found["error"].startswith("the ranks could not connect to each other: [enforce fail at gloo]")
     assert "\n" not in found["error"]
+
+
+def test_a_failure_that_the_launcher_found_itself_is_the_one_that_is_told(tmp_path: Path) -> None:
+    outcome.write_record(tmp_path, 0, FAILED, {"error": "Connection closed by peer"})
+    assert outcome.conclude(tmp_path, 2, {0: 1}, found={"rank": 1, "kind": "hang", "error": "stuck"}) == FAILED
+    found = failure(tmp_path)
+    assert (found["rank"], found["kind"], found["hints"]) == (1, "hang", [])
+    assert str(found["log"]).endswith("rank_0001.log")
+
+
+def test_faults_of_the_machine_are_told_from_faults_of_the_work() -> None:
+    ecc = explain(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+    stale = explain(OSError(116, "Stale file handle"))
+    gone = explain(RuntimeError("Connection closed by peer [10.0.0.7]:53"))
+    killed = {"kind": "killed", "error": "killed by SIGKILL"}
+    assert all(outcome.is_machine_fault(f) for f in (ecc, stale, gone, killed, {"kind": "hang"}, {"kind": "lost"}))
+    work = [explain(e) for e in (ValueError("a bug"), UsageError("a key"), MemoryError(), OSError(28, "No space left"))]
+    assert not any(outcome.is_machine_fault(f) for f in work)
+    fenced = explain(Fenced("another attempt has taken over `domain`"))
+    assert fenced["kind"] == "fenced" and not outcome.is_machine_fault(fenced)

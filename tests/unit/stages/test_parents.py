@@ -49,6 +49,15 @@ def done(run_dir: Path, name: str) -> Path:
     return folder
 
 
+def test_other_bytes_than_were_written_are_found_when_they_are_read(tmp_path: Path) -> None:
+    folder = done(tmp_path, "domain")
+    end = checkpoint(folder, 100, "end")
+    assert parents.missing_result(TWO[0], folder) is None
+    assert "`data`" in str(parents.missing_result(TWO[0], folder, deep=True))
+    with pytest.raises(UsageError, match="which is damaged: `data`"):
+        parents.refuse_damaged(TWO[1], end)
+
+
 TWO = (stage("domain"), stage("anneal", "domain"))
 
 

@@ -1,0 +1,288 @@
+"""Whole runs on a real Slurm: chains, time limits, lost nodes, cancels. They end with the very bits of a local run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.base.files import read_lines
+from cpt.stages import state
+from tests.dist import killing
+from tests.slurm.conftest import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("domain", "second", "anneal")
+ON_SLURM = ("launcher=slurm", "launcher.ranks_per_node=2", "launcher.cpus_per_rank=1", "launcher.mem=500M")
+
+# Two layers at tp 2 x dp 2: four ranks on two nodes. The middle stage is the long one.
+RECIPE = (
+    killing.TINY
+    + """
+train:
+  seq_length: 64
+  global_batch_size: 4
+  micro_batch_size: 1
+  precision: fp32
+  parallel: {tp: 2, dp: 2}
+  evaluate: {every: 2560, tokens: 2048}
+checkpoint: {every: 1280, retain: {last: 3}}
+stages:
+  domain:
+    from: base
+    tokens: 2560
+    mixture: {even: 0.7, odd: 0.3}
+    lr: {schedule: rewarm, peak: 1e-3, warmup: 4}
+  second:
+    from: domain
+    keep: [weights, optimizer, cursor, lr, rng]
+    tokens: 25600
+    mixture: {even: 0.2, odd: 0.8}
+  anneal:
+    from: second
+    keep: [weights, optimizer, cursor, lr, rng]
+    tokens: 1280
+    mixture: {even: 0.2, odd: 0.8}
+    lr: {schedule: linear, end: 0}
+  export: {kind: convert, from: anneal, to: hf}
+"""
+)
+
+
+class Place:
+    """A folder with a recipe, on a cluster."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder, self.cluster = folder, cluster
+
+    def cpt(self, *words: str, code: int = 0, timeout: float = 300) -> str:
+        """What `cpt` prints."""
+        environ = {**self.cluster.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        command = [sys.executable, "-m", "cpt", *words]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def send(self, runs: str, *overrides: str, code: int = 0) -> str:
+        """`cpt run` with this cluster's launcher."""
+        return self.cpt("run", "recipe=three", f"runs={runs}", "name=it", *ON_SLURM, *overrides, code=code)
+
+    def run_dir(self, runs: str) -> Path:
+        return self.folder / runs / "it"
+
+    def jobs(self, runs: str) -> dict[str, list[str]]:
+        found = json.loads((self.run_dir(runs) / "jobs.json").read_text())
+        return {stage: [job["id"] for job in jobs] for stage, jobs in found.items()}
+
+    def job(self, runs: str, stage: str) -> str:
+        return self.jobs(runs)[stage][-1]
+
+    def state(self, runs: str, stage: str) -> state.State:
+        return state.read(self.run_dir(runs) / "stages" / stage)
+
+    def events(self, runs: str, stage: str) -> list[dict[str, Any]]:
+        """Of the newest attempt."""
+        folders = sorted((self.run_dir(runs) / "stages" / stage).glob("attempt_*"), key=lambda p: int(p.name[8:]))
+        return list(read_lines(folders[-1] / "events.jsonl")) if folders else []
+
+    def wait(self, happened: Callable[[], bool], what: str, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{self.trouble()}"
+            time.sleep(0.1)
+
+    def wait_step(self, runs: str, stage: str, step: int, attempt: int = 1) -> None:
+        """Until an attempt has made a step."""
+
+        def made() -> bool:
+            return self.state(runs, stage).attempt >= attempt and any(
+                e["kind"] == "step" and e["step"] >= step for e in self.events(runs, stage)
+            )
+
+        self.wait(made, f"step {step} of `{stage}`, attempt {attempt}")
+
+    def wait_done(self, runs: str, *stages: str, seconds: float = 300) -> None:
+        names = stages or (*STAGES, "export")
+        self.wait(
+            lambda: all(self.state(runs, s).status == state.DONE for s in names), f"{names} of {runs} done", seconds
+        )
+
+    def trouble(self) -> str:
+        """What a person would look at."""
+        queue = self.cluster.run("squeue", "-t", "all", "-o", "%i %T %R", check=False)
+        logs = sorted(self.folder.glob("*/it/stages/*/logs/*"))[-6:]
+        return queue + "".join(f"\n== {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
+    """The recipe has run once on this machine alone, as `local`."""
+    folder = tmp_path_factory.mktemp("slurm-runs")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "three.yaml").write_text(RECIPE)
+    killing.write_topics(folder)
+    found = Place(folder, cluster)
+    found.cpt("run", "recipe=three", "runs=local", "name=it")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _clear(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.clear()
+
+
+@pytest.fixture
+def hurry(cluster: Cluster) -> Iterator[None]:
+    """Jobs that went back into the queue start now, not after two minutes."""
+    over = threading.Event()
+    seen: dict[str, float] = {}  # a node refuses what is granted in the second in which the run before was ended
+
+    def look() -> None:
+        while not over.wait(0.5):
+            waiting = cluster.run("squeue", "-h", "-t", "PD", "-o", "%i %r", check=False).splitlines()
+            ids = [id for id, _, reason in (line.partition(" ") for line in waiting) if reason == "BeginTime"]
+            for id in [id for id in seen if id not in ids]:
+                del seen[id]
+            for id in ids:
+                if time.monotonic() - seen.setdefault(id, time.monotonic()) > 2:
+                    cluster.run("scontrol", "update", f"JobId={id}", "StartTime=now", check=False)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    yield
+    over.set()
+    watcher.join()
+
+
+def assert_same(place: Place, runs: str) -> None:
+    """Weights, optimizer and random states of every stage are those of the local run, bit for bit."""
+    for stage in STAGES:
+        assert killing.content(place.run_dir(runs), stage) == killing.content(place.run_dir("local"), stage), stage
+
+
+def test_a_chain_ends_done_with_the_bits_of_a_local_run(place: Place) -> None:
+    said = place.send("chain")
+    jobs = place.jobs("chain")
+    assert list(jobs) == [*STAGES, "export"]
+    assert f"second  sent as job {jobs['second'][0]}, after {jobs['domain'][0]}" in said
+    assert "cpt status chain/it" in said
+    status = place.cpt("status", "chain/it")
+    assert f"job {jobs['anneal'][0]} waits in the queue (Dependency)" in status
+    assert "has jobs in the queue" in place.send("chain", code=2)
+    place.wait_done("chain")
+    assert_same(place, "chain")
+    nodes = json.loads((place.run_dir("chain") / "stages/domain/attempt_1/environment.json").read_text())["variables"]
+    assert nodes["SLURM_JOB_NODELIST"] == "node[1-2]"
+    assert (place.run_dir("chain") / "stages/export/hf/config.json").is_file()
+    place.wait(lambda: place.cluster.state(jobs["export"][0]) == "COMPLETED", "the last job ends")
+    assert (place.run_dir("chain") / "report.html").is_file()
+    assert "queued" not in place.cpt("status", "chain/it")
+
+
+def test_a_stage_stopped_by_its_warning_is_queued_again_twice_and_finishes(place: Place, hurry: None) -> None:
+    place.send("warned")
+    job = place.job("warned", "second")
+    for attempt in (1, 2):
+        place.wait_step("warned", "second", step=12 * attempt, attempt=attempt)
+        place.cluster.run("scancel", "--signal=USR2", job)
+        place.wait(lambda: place.state("warned", "second").status == state.SAVED, "saved", 60)
+        assert place.state("warned", "anneal").status == state.PENDING
+    place.wait_done("warned")
+    assert place.state("warned", "second").attempt == 3
+    assert_same(place, "warned")
+
+
+def test_a_failing_stage_takes_those_behind_it_out_of_the_queue(place: Place) -> None:
+    place.send("failing", "stages.second.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
+    place.wait(lambda: place.state("failing", "second").status == state.FAILED, "failed")
+    place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
+    status = place.cpt("status", "failing/it")
+    assert "left the queue because stage `second` is failed" in status
+    assert "nan" in status
+    assert place.state("failing", "anneal").attempt == 0
+    assert "nan" in place.cpt("logs", "failing/it", "--lines", "0")
+
+
+def test_a_lost_node_does_not_end_a_run(place: Place, hurry: None) -> None:
+    place.send("lost")
+    place.wait_step("lost", "second", step=12)
+    place.cluster.crash("node2")
+    time.sleep(1)
+    place.cluster.up("node2")
+    place.wait_done("lost")
+    assert place.state("lost", "second").attempt >= 2
+    assert_same(place, "lost")
+
+
+def test_ranks_that_slurm_has_lost_publish_nothing(place: Place, hurry: None) -> None:
+    """slurmd dies, its ranks live on: the job is started again elsewhere while they still write."""
+    one_node = ("launcher.ranks_per_node=4",)
+    place.send("split", *one_node)
+    place.wait_step("split", "second", step=12)
+    node = place.cluster.run("squeue", "-h", "-j", place.job("split", "second"), "-o", "%N")
+    place.cluster.kill_slurmd(node)
+    place.wait_done("split")
+    place.cluster.up(node)
+    assert_same(place, "split")
+
+
+def test_a_cancelled_run_is_saved_and_goes_on(place: Place) -> None:
+    place.send("cancelled")
+    place.wait_step("cancelled", "second", step=12)
+    said = place.cpt("cancel", "cancelled/it", "--wait")
+    jobs = place.jobs("cancelled")
+    assert f"removed from the queue: {jobs['export'][0]}, {jobs['anneal'][0]}" in said
+    assert place.state("cancelled", "second").status == state.SAVED
+    assert not place.cluster.run("squeue", "-h")
+    assert "saved" in place.cpt("status", "cancelled/it")
+    place.cpt("resume", "cancelled/it")
+    assert len(place.jobs("cancelled")["second"]) == 2
+    place.wait_done("cancelled")
+    assert_same(place, "cancelled")
+
+
+def test_scancel_saves_and_the_run_goes_on_by_its_command(place: Place) -> None:
+    place.send("scancelled")
+    place.wait_step("scancelled", "second", step=12)
+    place.cluster.run("scancel", place.job("scancelled", "second"))
+    place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
+    assert place.state("scancelled", "second").status == state.SAVED
+    assert place.state("scancelled", "second").step >= 12  # type: ignore[operator]
+    said = place.cpt("resume", "scancelled/it", "--wait", timeout=300)
+    assert "done" in said
+    assert_same(place, "scancelled")
+
+
+def test_a_script_by_hand_refuses_an_unfinished_parent(place: Place, clusters: Callable[..., Cluster]) -> None:
+    """Slurm takes a dependency on a job that it has forgotten for fulfilled."""
+    young = Place(place.folder, clusters("young", "--set", "MinJobAge=2"))
+    young.send("purged", "stages.domain.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
+    first = young.job("purged", "domain")
+    young.wait(lambda: young.state("purged", "domain").status == state.FAILED, "failed")
+    young.wait(lambda: not young.cluster.state(first), "Slurm has forgotten it", 120)
+    script = young.run_dir("purged") / "stages" / "second" / "job.sbatch"
+    job = young.cluster.run("sbatch", "--parsable", f"--dependency=afterok:{first}", script, cwd=young.folder)
+    assert young.cluster.wait(job, seconds=60) == "FAILED"
+    assert young.state("purged", "second").attempt == 0
+    logs = "".join(p.read_text() for p in (script.parent / "logs").glob(f"*{job}*"))
+    assert "starts from `domain`, which is failed, not done" in logs
+
+
+def test_a_script_by_hand_does_what_a_sent_one_does(place: Place) -> None:
+    place.send("hand")
+    place.cpt("cancel", "hand/it", "--wait")
+    (place.run_dir("hand") / "stop").unlink()
+    script = place.run_dir("hand") / "stages" / "domain" / "job.sbatch"
+    job = place.cluster.run("sbatch", "--parsable", script, cwd=Path("/"))
+    assert place.cluster.wait(job, seconds=120) == "COMPLETED", place.trouble()
+    assert killing.content(place.run_dir("hand"), "domain") == killing.content(place.run_dir("local"), "domain")
