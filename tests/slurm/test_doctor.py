@@ -104,7 +104,7 @@ def test_a_node_that_is_down_is_a_warning(ask: Callable[..., dict[str, Check]], 
 
 
 def test_pretended_gpus_are_counted(ask: Callable[..., dict[str, Check]], clusters: Callable[..., Cluster]) -> None:
-    gpus = clusters("gpus", "--gpus", "2", "--nodes", "1")
+    gpus = clusters("doctor-gpus", "--gpus", "2", "--nodes", "1")
     unused = ask(gpus, "launcher.nodes=1")["nodes"]
     assert unused.status == "warn" and "they have 2 GPUs, and jobs ask for none" in unused.found
     assert failed(ask(gpus, "launcher.nodes=1", "launcher.gpus=per_node")) == []
@@ -115,7 +115,7 @@ def test_pretended_gpus_are_counted(ask: Callable[..., dict[str, Check]], cluste
 def test_an_absent_controller_is_named_once_and_soon(
     ask: Callable[..., dict[str, Check]], clusters: Callable[..., Cluster]
 ) -> None:
-    away = clusters("away")
+    away = clusters("doctor-away")
     away.kill_controller()
     try:
         start = time.monotonic()
@@ -129,7 +129,7 @@ def test_an_absent_controller_is_named_once_and_soon(
 def test_accounts_are_checked_where_they_are_kept(
     ask: Callable[..., dict[str, Check]], clusters: Callable[..., Cluster]
 ) -> None:
-    books = clusters("books", "--accounting", "--set", "AccountingStorageEnforce=associations,limits,qos")
+    books = clusters("doctor-books", "--accounting", "--set", "AccountingStorageEnforce=associations,limits,qos")
     assert failed(ask(books, "launcher.account=research")) == []
     wrong = ask(books, "launcher.account=nobody")
     assert failed(wrong) == ["account", "submission"]

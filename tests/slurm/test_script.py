@@ -135,6 +135,7 @@ def test_saved_goes_back_into_the_queue_and_done_does_not(real: Cluster, tmp_pat
     real.start_now(id)
     assert real.wait(child) == "COMPLETED"
     assert real.state(id) == "COMPLETED" and "Restarts=1" in real.run("scontrol", "show", "job", id)
+    assert "does not take the job back" not in stage.log(id)
     assert [json.loads((a / "end.json").read_text()) for a in stage.attempts()] == ["0", "0", "0"]  # third: the child
 
 
