@@ -122,14 +122,15 @@ def newest_good(
 
 def why_damaged(folder: Path) -> str | None:
     """Which file of a whole checkpoint has other bytes than were written; None when none has. Reads everything."""
-    from cpt.checkpoint import verify
+    from cpt.checkpoint.sums import Summing, file_sums
 
     try:
-        sums = verify.file_sums(folder)
+        sums = file_sums(folder)
     except UsageError as error:
         return error.message
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        return next((why for why in pool.map(lambda s: s.why_wrong(lambda _: None), sums) if why is not None), None)
+        found = pool.map(lambda s: s.why_not_there() or Summing(s).why_wrong(), sums)
+        return next((why for why in found if why is not None), None)
 
 
 def _is_damage(folder: Path) -> bool:
