@@ -35,7 +35,7 @@ _FLAGS = {
 
 def partial(out: Path) -> Path:
     """`OUT.partial`, where everything is written until it is whole."""
-    return out.with_name(out.name + PARTIAL)
+    return out.parent / (out.name + PARTIAL)  # `with_name` refuses `/`
 
 
 def check_names(plan: Plan) -> None:
