@@ -348,8 +348,8 @@ def status_text(status: RunStatus, now: float) -> str:
         if s.held_by:
             attempt = f", attempt {s.attempt}" if s.attempt > 1 else ""
             notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}")
-        if s.job is not None and s.status != state.DONE and (text := job_text(s.job)):
-            notes.append(f"{name}: {text}")
+        if s.job is not None and (s.job.state in (*batch.ACTIVE, batch.UNKNOWN) or s.status in (DEAD, state.FAILED)):
+            notes.append(f"{name}: {job_text(s.job)}")
         if s.status == DEAD:
             again = f"`cpt resume {show.plain(status.name)}` goes on from its checkpoint"
             notes.append(f"{name}: nobody works on it any more; {again}")
@@ -359,7 +359,7 @@ def status_text(status: RunStatus, now: float) -> str:
 
 
 def job_text(job: JobState) -> str:
-    """What the queue says about a job, in one line; empty when it says nothing that matters."""
+    """What the queue says about a job, in one line."""
     name = f"job {job.id}"
     again = f", started again {job.restarts} time{'s' if job.restarts > 1 else ''}" if job.restarts else ""
     if job.stuck:
