@@ -19,41 +19,50 @@ from tests.dist import killing
 from tests.slurm.conftest import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("domain", "second", "anneal")
 ON_SLURM = ("launcher=slurm", "launcher.ranks_per_node=2", "launcher.cpus_per_rank=1", "launcher.mem=500M")
-
-# Two layers at tp 2 x dp 2: four ranks on two nodes. The middle stage is the long one.
-RECIPE = (
-    killing.TINY
-    + """
+TRAIN = """
 train:
   seq_length: 64
   global_batch_size: 4
   micro_batch_size: 1
   precision: fp32
-  parallel: {tp: 2, dp: 2}
+  parallel: {dp: 2}
   evaluate: {every: 2560, tokens: 2048}
 checkpoint: {every: 1280, retain: {last: 3}}
+"""
+# Two layers; the first stage at tp 2 x dp 2, four ranks on two nodes, the others two ranks on one.
+CHAIN = f"""{killing.TINY}{TRAIN}
 stages:
   domain:
     from: base
     tokens: 2560
-    mixture: {even: 0.7, odd: 0.3}
-    lr: {schedule: rewarm, peak: 1e-3, warmup: 4}
+    mixture: {{even: 0.7, odd: 0.3}}
+    lr: {{schedule: rewarm, peak: 1e-3, warmup: 4}}
+    parallel: {{tp: 2, dp: 2}}
   second:
     from: domain
     keep: [weights, optimizer, cursor, lr, rng]
+    tokens: 2560
+    mixture: {{even: 0.2, odd: 0.8}}
+  export: {{kind: convert, from: second, to: hf}}
+"""
+# What most tests do something to: a long stage and a short one.
+TWO = f"""{killing.TOPICS}{TRAIN}
+base: {{checkpoint: chain-local/it/stages/domain}}
+stages:
+  long:
+    from: base
+    keep: [weights]
     tokens: 25600
-    mixture: {even: 0.2, odd: 0.8}
-  anneal:
-    from: second
+    mixture: {{even: 0.2, odd: 0.8}}
+    lr: {{schedule: rewarm, peak: 1e-3, warmup: 4}}
+  short:
+    from: long
     keep: [weights, optimizer, cursor, lr, rng]
     tokens: 1280
-    mixture: {even: 0.2, odd: 0.8}
-    lr: {schedule: linear, end: 0}
-  export: {kind: convert, from: anneal, to: hf}
+    mixture: {{even: 0.2, odd: 0.8}}
+    lr: {{schedule: linear, end: 0}}
 """
-)
 
 
 class Place:
@@ -72,9 +81,9 @@ class Place:
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
-    def send(self, runs: str, *overrides: str, code: int = 0) -> str:
+    def send(self, runs: str, *overrides: str, recipe: str = "two", code: int = 0) -> str:
         """`cpt run` with this cluster's launcher."""
-        return self.cpt("run", "recipe=three", f"runs={runs}", "name=it", *ON_SLURM, *overrides, code=code)
+        return self.cpt("run", f"recipe={recipe}", f"runs={runs}", "name=it", *ON_SLURM, *overrides, code=code)
 
     def run_dir(self, runs: str) -> Path:
         return self.folder / runs / "it"
@@ -111,7 +120,7 @@ class Place:
         self.wait(made, f"step {step} of `{stage}`, attempt {attempt}")
 
     def wait_done(self, runs: str, *stages: str, seconds: float = 300) -> None:
-        names = stages or (*STAGES, "export")
+        names = stages or ("long", "short")
         self.wait(
             lambda: all(self.state(runs, s).status == state.DONE for s in names), f"{names} of {runs} done", seconds
         )
@@ -125,13 +134,15 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
-    """The recipe has run once on this machine alone, as `local`."""
+    """Both recipes have run once on this machine alone."""
     folder = tmp_path_factory.mktemp("slurm-runs")
     (folder / "recipes").mkdir()
-    (folder / "recipes" / "three.yaml").write_text(RECIPE)
+    (folder / "recipes" / "chain.yaml").write_text(CHAIN)
+    (folder / "recipes" / "two.yaml").write_text(TWO)
     killing.write_topics(folder)
     found = Place(folder, cluster)
-    found.cpt("run", "recipe=three", "runs=local", "name=it")
+    found.cpt("run", "recipe=chain", "runs=chain-local", "name=it")
+    found.cpt("run", "recipe=two", "runs=two-local", "name=it")
     return found
 
 
@@ -164,23 +175,24 @@ def hurry(cluster: Cluster) -> Iterator[None]:
     watcher.join()
 
 
-def assert_same(place: Place, runs: str) -> None:
+def assert_same(place: Place, runs: str, recipe: str = "two") -> None:
     """Weights, optimizer and random states of every stage are those of the local run, bit for bit."""
-    for stage in STAGES:
-        assert killing.content(place.run_dir(runs), stage) == killing.content(place.run_dir("local"), stage), stage
+    for stage in ("long", "short") if recipe == "two" else ("domain", "second"):
+        one, other = (killing.content(place.run_dir(r), stage) for r in (runs, f"{recipe}-local"))
+        assert one == other, stage
 
 
 def test_a_chain_ends_done_with_the_bits_of_a_local_run(place: Place) -> None:
-    said = place.send("chain")
+    said = place.send("chain", recipe="chain")
     jobs = place.jobs("chain")
-    assert list(jobs) == [*STAGES, "export"]
+    assert list(jobs) == ["domain", "second", "export"]
     assert f"second  sent as job {jobs['second'][0]}, after {jobs['domain'][0]}" in said
     assert "cpt status chain/it" in said
     status = place.cpt("status", "chain/it")
-    assert f"job {jobs['anneal'][0]} waits in the queue (Dependency)" in status
-    assert "has jobs in the queue" in place.send("chain", code=2)
-    place.wait_done("chain")
-    assert_same(place, "chain")
+    assert f"job {jobs['second'][0]} waits in the queue (Dependency)" in status
+    assert "has jobs in the queue" in place.send("chain", recipe="chain", code=2)
+    place.wait_done("chain", "domain", "second", "export")
+    assert_same(place, "chain", "chain")
     nodes = json.loads((place.run_dir("chain") / "stages/domain/attempt_1/environment.json").read_text())["variables"]
     assert nodes["SLURM_JOB_NODELIST"] == "node[1-2]"
     assert (place.run_dir("chain") / "stages/export/hf/config.json").is_file()
@@ -191,98 +203,97 @@ def test_a_chain_ends_done_with_the_bits_of_a_local_run(place: Place) -> None:
 
 def test_a_stage_stopped_by_its_warning_is_queued_again_twice_and_finishes(place: Place, hurry: None) -> None:
     place.send("warned")
-    job = place.job("warned", "second")
+    job = place.job("warned", "long")
     for attempt in (1, 2):
-        place.wait_step("warned", "second", step=12 * attempt, attempt=attempt)
+        place.wait_step("warned", "long", step=12 * attempt, attempt=attempt)
         place.cluster.run("scancel", "--signal=USR2", job)
-        place.wait(lambda: place.state("warned", "second").status == state.SAVED, "saved", 60)
-        assert place.state("warned", "anneal").status == state.PENDING
+        place.wait(lambda: place.state("warned", "long").status == state.SAVED, "saved", 60)
+        assert place.state("warned", "short").status == state.PENDING
     place.wait_done("warned")
-    assert place.state("warned", "second").attempt == 3
+    assert place.state("warned", "long").attempt == 3
     assert_same(place, "warned")
 
 
 def test_a_failing_stage_takes_those_behind_it_out_of_the_queue(place: Place) -> None:
-    place.send("failing", "stages.second.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
-    place.wait(lambda: place.state("failing", "second").status == state.FAILED, "failed")
+    place.send("failing", "stages.long.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
+    place.wait(lambda: place.state("failing", "long").status == state.FAILED, "failed")
     place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
     status = place.cpt("status", "failing/it")
-    assert "left the queue because stage `second` is failed" in status
+    assert "left the queue because stage `long` is failed" in status
     assert "nan" in status
-    assert place.state("failing", "anneal").attempt == 0
+    assert place.state("failing", "short").attempt == 0
     assert "nan" in place.cpt("logs", "failing/it", "--lines", "0")
 
 
 def test_a_lost_node_does_not_end_a_run(place: Place, hurry: None) -> None:
     place.send("lost")
-    place.wait_step("lost", "second", step=12)
-    place.cluster.crash("node2")
-    time.sleep(1)
-    place.cluster.up("node2")
+    place.wait_step("lost", "long", step=12)
+    node = place.cluster.run("squeue", "-h", "-j", place.job("lost", "long"), "-o", "%N")
+    place.cluster.crash(node)
     place.wait_done("lost")
-    assert place.state("lost", "second").attempt >= 2
+    place.cluster.up(node)
+    assert place.state("lost", "long").attempt >= 2
     assert_same(place, "lost")
 
 
 def test_ranks_that_slurm_has_lost_publish_nothing(place: Place, hurry: None) -> None:
     """slurmd dies, its ranks live on: the job is started again elsewhere while they still write."""
-    one_node = ("launcher.ranks_per_node=4",)
-    place.send("split", *one_node)
-    place.wait_step("split", "second", step=12)
-    node = place.cluster.run("squeue", "-h", "-j", place.job("split", "second"), "-o", "%N")
+    place.send("split")
+    place.wait_step("split", "long", step=12)
+    node = place.cluster.run("squeue", "-h", "-j", place.job("split", "long"), "-o", "%N")
     place.cluster.kill_slurmd(node)
     place.wait_done("split")
     place.cluster.up(node)
+    assert place.state("split", "long").attempt >= 2
     assert_same(place, "split")
 
 
 def test_a_cancelled_run_is_saved_and_goes_on(place: Place) -> None:
     place.send("cancelled")
-    place.wait_step("cancelled", "second", step=12)
+    place.wait_step("cancelled", "long", step=12)
     said = place.cpt("cancel", "cancelled/it", "--wait")
-    jobs = place.jobs("cancelled")
-    assert f"removed from the queue: {jobs['export'][0]}, {jobs['anneal'][0]}" in said
-    assert place.state("cancelled", "second").status == state.SAVED
+    assert f"removed from the queue: {place.job('cancelled', 'short')}" in said
+    assert place.state("cancelled", "long").status == state.SAVED
     assert not place.cluster.run("squeue", "-h")
     assert "saved" in place.cpt("status", "cancelled/it")
     place.cpt("resume", "cancelled/it")
-    assert len(place.jobs("cancelled")["second"]) == 2
+    assert len(place.jobs("cancelled")["long"]) == 2
     place.wait_done("cancelled")
     assert_same(place, "cancelled")
 
 
 def test_scancel_saves_and_the_run_goes_on_by_its_command(place: Place) -> None:
     place.send("scancelled")
-    place.wait_step("scancelled", "second", step=12)
-    place.cluster.run("scancel", place.job("scancelled", "second"))
+    place.wait_step("scancelled", "long", step=12)
+    place.cluster.run("scancel", place.job("scancelled", "long"))
     place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
-    assert place.state("scancelled", "second").status == state.SAVED
-    assert place.state("scancelled", "second").step >= 12  # type: ignore[operator]
+    assert place.state("scancelled", "long").status == state.SAVED
+    assert place.state("scancelled", "long").step >= 12  # type: ignore[operator]
     said = place.cpt("resume", "scancelled/it", "--wait", timeout=300)
     assert "done" in said
     assert_same(place, "scancelled")
 
 
-def test_a_script_by_hand_refuses_an_unfinished_parent(place: Place, clusters: Callable[..., Cluster]) -> None:
+def test_a_forgotten_parent_does_not_start_a_stage(place: Place, clusters: Callable[..., Cluster]) -> None:
     """Slurm takes a dependency on a job that it has forgotten for fulfilled."""
     young = Place(place.folder, clusters("young", "--set", "MinJobAge=2"))
-    young.send("purged", "stages.domain.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
-    first = young.job("purged", "domain")
-    young.wait(lambda: young.state("purged", "domain").status == state.FAILED, "failed")
+    young.send("purged", "stages.long.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
+    first = young.job("purged", "long")
+    young.wait(lambda: young.state("purged", "long").status == state.FAILED, "failed")
     young.wait(lambda: not young.cluster.state(first), "Slurm has forgotten it", 120)
-    script = young.run_dir("purged") / "stages" / "second" / "job.sbatch"
+    script = young.run_dir("purged") / "stages" / "short" / "job.sbatch"
     job = young.cluster.run("sbatch", "--parsable", f"--dependency=afterok:{first}", script, cwd=young.folder)
-    assert young.cluster.wait(job, seconds=60) == "FAILED"
-    assert young.state("purged", "second").attempt == 0
-    logs = "".join(p.read_text() for p in (script.parent / "logs").glob(f"*{job}*"))
-    assert "starts from `domain`, which is failed, not done" in logs
+    logs = script.parent / "logs" / f"it-short-{job}.log"
+    young.wait(lambda: logs.is_file() and "error" in logs.read_text(), "the job refuses", 60)
+    assert "starts from `long`, which is failed, not done" in logs.read_text()
+    assert young.state("purged", "short").attempt == 0
 
 
 def test_a_script_by_hand_does_what_a_sent_one_does(place: Place) -> None:
     place.send("hand")
     place.cpt("cancel", "hand/it", "--wait")
     (place.run_dir("hand") / "stop").unlink()
-    script = place.run_dir("hand") / "stages" / "domain" / "job.sbatch"
+    script = place.run_dir("hand") / "stages" / "long" / "job.sbatch"
     job = place.cluster.run("sbatch", "--parsable", script, cwd=Path("/"))
-    assert place.cluster.wait(job, seconds=120) == "COMPLETED", place.trouble()
-    assert killing.content(place.run_dir("hand"), "domain") == killing.content(place.run_dir("local"), "domain")
+    assert place.cluster.wait(job, seconds=180) == "COMPLETED", place.trouble()
+    assert killing.content(place.run_dir("hand"), "long") == killing.content(place.run_dir("two-local"), "long")
