@@ -219,7 +219,7 @@ def test_a_failing_stage_takes_those_behind_it_out_of_the_queue(place: Place) ->
     place.wait(lambda: place.state("failing", "long").status == state.FAILED, "failed")
     place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
     status = place.cpt("status", "failing/it")
-    assert "left the queue because stage `long` is failed" in status
+    assert "left the queue because stage `long` failed" in status
     assert "nan" in status
     assert place.state("failing", "short").attempt == 0
     assert "nan" in place.cpt("logs", "failing/it", "--lines", "0")
@@ -276,7 +276,7 @@ def test_scancel_saves_and_the_run_goes_on_by_its_command(place: Place) -> None:
 
 def test_a_forgotten_parent_does_not_start_a_stage(place: Place, clusters: Callable[..., Cluster]) -> None:
     """Slurm takes a dependency on a job that it has forgotten for fulfilled."""
-    young = Place(place.folder, clusters("young", "--set", "MinJobAge=2"))
+    young = Place(place.folder, clusters("forgetful", "--set", "MinJobAge=2"))
     young.send("purged", "stages.long.lr={schedule: constant, peak: 1e30}", "train.anomalies.nan=stop")
     first = young.job("purged", "long")
     young.wait(lambda: young.state("purged", "long").status == state.FAILED, "failed")
