@@ -140,9 +140,8 @@ def _with_reasons(plan: RunPlan, stages: list[StageStatus]) -> list[StageStatus]
     for stage in stages:
         cause = next((n for n in ended if stage.name in send.behind(plan, n)), None)
         if stage.status == CANCELLED and not stage.reason and cause is not None:
-            stage = dataclasses.replace(
-                stage, reason=f"left the queue because stage `{cause}` is {ended[cause].status}"
-            )
+            how = {state.SAVED: "was stopped", DEAD: "was cut off"}.get(ended[cause].status, "failed")
+            stage = dataclasses.replace(stage, reason=f"left the queue because stage `{cause}` {how}")
         found.append(stage)
     return found
 
