@@ -177,7 +177,7 @@ class Faulted:
         """Until a random moment: soon after the start, after some steps, inside a save, or between two stages."""
         what = self.chance.choices(("start", "steps", "save", "turn"), (0.2, 0.35, 0.25, 0.2))[0]
         if what == "start":
-            limit = time.monotonic() + self.chance.uniform(0, 8)
+            limit = time.monotonic() + self.chance.uniform(0, 5)
             _until(running, lambda: time.monotonic() > limit, 0.05)
         elif what == "steps":
             before, more = self._steps(), self.chance.randrange(1, 12)
