@@ -180,9 +180,10 @@ def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
         if now:
             code = SAVED
         elif code not in (DONE, SAVED, GUARD) and not (attempt.folder / "failure.json").exists():
+            # Where all ranks say that they ended well, their parent was killed behind them: they count.
             code = outcome.conclude(attempt.folder, attempt.num_ranks)
-            code = FAILED if code in (DONE, SAVED, GUARD) else code
-            _explain_lost_parent(attempt, code_given)
+            if code not in (DONE, SAVED, GUARD):
+                _explain_lost_parent(attempt, code_given)
         if code == DONE and (missing := parents.missing_result(attempt.stage, attempt.stage_dir)):
             code = FAILED
             _write_failure(attempt.folder, "result", f"the ranks ended well, but {missing}")

@@ -26,6 +26,7 @@ import psutil
 from cpt.base import lock, processes
 from cpt.base.files import read_lines
 from cpt.checkpoint import manifest, store, verify
+from cpt.stages import state
 from tests.dist import killing
 from tests.dist.killing import Running, Runs
 
@@ -173,15 +174,19 @@ class Faulted:
         return text
 
     def _wait(self, running: Running) -> None:
-        """Until a random moment: soon after the start, after some steps, or inside a save."""
-        what = self.chance.choices(("start", "steps", "save"), (0.25, 0.45, 0.3))[0]
+        """Until a random moment: soon after the start, after some steps, inside a save, or between two stages."""
+        what = self.chance.choices(("start", "steps", "save", "turn"), (0.2, 0.35, 0.25, 0.2))[0]
         if what == "start":
-            limit = time.monotonic() + self.chance.uniform(0, 8)
+            limit = time.monotonic() + self.chance.uniform(0, 5)
             _until(running, lambda: time.monotonic() > limit, 0.05)
         elif what == "steps":
             before, more = self._steps(), self.chance.randrange(1, 12)
             _until(running, lambda: self._steps() >= before + more, 0.02)
             time.sleep(self.chance.uniform(0, 0.2))
+        elif what == "turn":
+            done = self._num_done()
+            _until(running, lambda: self._num_done() > done, 0.02)
+            time.sleep(self.chance.uniform(0, 3))
         else:
             known = set(self.run_dir.glob("stages/*/checkpoints/.writing-*"))
             writing = self.run_dir.glob
@@ -192,6 +197,10 @@ class Faulted:
         return sum(
             e.get("kind") == "step" for p in self.run_dir.glob("stages/*/attempt_*/events.jsonl") for e in read_lines(p)
         )
+
+    def _num_done(self) -> int:
+        """Stages that are done."""
+        return sum(state.read(p).status == state.DONE for p in self.run_dir.glob("stages/*"))
 
     def _where(self) -> tuple[str, int]:
         """Stage and last step of the newest attempt that has one."""

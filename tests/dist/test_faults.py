@@ -10,7 +10,7 @@ from tests.dist import faulting, killing
 
 def test_runs_under_faults_of_all_kinds_end_as_the_one_without(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "three.yaml").write_text(faulting.recipe("{dp: 2}", (40, 30, 20)))
+    (tmp_path / "recipes" / "three.yaml").write_text(faulting.recipe("{dp: 2}", (30, 20, 10)))
     killing.write_topics(tmp_path)
     runs = killing.Runs(tmp_path)
     straight = runs.finish("straight")

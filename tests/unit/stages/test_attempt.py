@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 from cpt.base import lock
-from cpt.base.files import write_json
-from cpt.stages import attempt
+from cpt.base.errors import FAILED, SAVED
+from cpt.base.files import read_json, write_json
+from cpt.launch import outcome
+from cpt.plan.types import Job
+from cpt.stages import attempt, state
+from tests.unit.stages.plans import plan, stage, train
 
 
 def test_the_pulse_beats_its_own_lock_alone(tmp_path: Path) -> None:
@@ -31,3 +35,35 @@ def test_attempts_that_never_began_and_those_of_an_earlier_command_do_not_count(
     (tmp_path / "attempt_3").mkdir()  # killed before its job was written
     assert attempt._began_at(tmp_path) == [0, 12, 12]
     assert attempt._began_at(tmp_path, first=3) == [12]
+
+
+def begun(run_dir: Path) -> attempt.Attempt:
+    only = stage("only", train=train())
+    folder = attempt.stage_dir(run_dir, "only")
+    (folder / "attempt_1").mkdir(parents=True)
+    held, _ = lock.take(folder, lock.holder_of(os.getpid(), "a test"))
+    job = Job(
+        run_dir=str(run_dir),
+        stage="only",
+        attempt=1,
+        start="scratch",
+        parent=None,
+        resume=None,
+        corpora={},
+        tokenizer=None,
+    )
+    return attempt.Attempt(plan(only), only, job, folder / "attempt_1", held)
+
+
+def test_ranks_that_ended_well_count_though_their_parent_was_killed_behind_them(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    outcome.write_record(one.folder, 0, SAVED)
+    assert attempt.finish(one, -9) == SAVED
+    assert state.read(one.stage_dir).status == state.SAVED
+
+
+def test_a_killed_parent_is_told_where_no_rank_says_anything(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    assert attempt.finish(one, -9) == FAILED
+    assert read_json(one.folder / "failure.json")["error"] == "the parent process of the ranks was killed"
+    assert lock.read_holder(one.stage_dir) is None
