@@ -27,6 +27,7 @@ from cpt.checkpoint.content import Layout
 from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.ranks import Ranks, is_disk_full
 from cpt.checkpoint.torch_dist import Chunk, Folder
+from cpt.checkpoint.unpickle import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -233,21 +234,22 @@ def versions() -> dict[str, str]:
 
 def _common(engine: Engine, progress: Progress) -> dict[str, Any]:
     """What Megatron itself looks for beside the tensors."""
+    import torch
+
     from cpt.engine import megatron
 
     model, layout = engine.model, engine.parallel
     layers = megatron.split_layers(model.num_layers, layout)
-    args = Namespace(
-        **megatron_args.to_args(
-            model,
-            layout=Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp, dp=layout.dp, layers=layers),
-            padded_vocab_size=engine.padded_vocab_size,
-            dtype="bfloat16" if engine.precision == "bf16" else "float32",
-            iteration=progress.step,
-            spec="cpt",
-        )
+    args = megatron_args.to_args(
+        model,
+        layout=Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp, dp=layout.dp, layers=layers),
+        padded_vocab_size=engine.padded_vocab_size,
+        dtype="bfloat16" if engine.precision == "bf16" else "float32",
+        iteration=progress.step,
+        spec="cpt",
     )
-    common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": progress.step}
+    args = {name: getattr(torch, value) if isinstance(value, Dtype) else value for name, value in args.items()}
+    common: dict[str, Any] = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": progress.step}
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if engine.optimizer is not None:
         common["optimizer"] = {

@@ -374,18 +374,22 @@ class _Reader:
     def _refuse_equal(self, ranks: Sequence[Rank], params: Sequence[Sequence[Param]], layout: Layout) -> None:
         """Refuse ranks that are equal in all of which each has a part of its own: one file was copied over another.
 
-        The checksums in the files say which may be equal; only the values of those are compared.
+        The checksums in the files say which may be equal; only the values of those are compared. Ranks of other
+        layers or experts are not, unless both files say that one rank saved them: an untrained model may have the same
+        values in all of them.
         """
-        seen: dict[tuple[tuple[str, int, int | None], ...], tuple[Rank, list[memoryview]]] = {}
+        seen: dict[tuple[Any, ...], tuple[Rank, list[memoryview]]] = {}
         for rank, of_rank in zip(ranks, params, strict=True):
-            own = [p for p in of_rank if not p.held.copied and (layout.ep == 1 or p.held.is_expert)]
+            own = [p for p in of_rank if not p.held.copied]
             crcs = {start: crc for start, _, crc in self.opener.crc32[rank.file]}
             data, values, key = memoryview(self.files.map(rank.file)), [], []
             for p in own:
                 start = rank.opened.start(p.record, f"`{p.held.name}`")
                 values.append(data[start : start + p.held.tensor.numel * arrays.itemsize(p.dtype)])
                 key.append((p.held.name, len(values[-1]), crcs.get(start)))
-            first, theirs = seen.setdefault(tuple(key), (rank, values))
+            number = arguments(rank.opened.archive.value).get("rank")
+            place = (number,) if isinstance(number, int) else (rank.pp, rank.ep)
+            first, theirs = seen.setdefault((place, *key), (rank, values))
             if first is not rank and key and all(a == b for a, b in zip(theirs, values, strict=True)):
                 raise UsageError(
                     f"`{self.folder}`: `{first}` and `{rank}` hold the same values in all {len(own):,} tensors of "
