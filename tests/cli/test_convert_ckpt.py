@@ -150,7 +150,7 @@ def test_a_terminal_sees_how_far_it_is(big: Path, tmp_path: Path) -> None:
         while data := os.read(parent, 4096):
             text += data
     assert process.wait(60) == 0
-    assert b"writing: " in text and b" MB/s" in text and b"model." in text
+    assert b"writing: " in text and b" MB/s" in text and b".weight" in text
     assert text.endswith(b"\r\x1b[K"), "the moving line is taken away at the end"
 
 
