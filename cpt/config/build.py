@@ -583,7 +583,7 @@ def _curves(stages: Mapping[str, StagePlan], points: int = 512) -> dict[str, lis
 
 def warnings(plan: RunPlan) -> list[str]:
     """What can run but is probably not meant, one sentence each."""
-    from cpt.launch import LAUNCHERS
+    from cpt.launch import launcher_of
     from cpt.schedules import curve
     from cpt.schedules.join import pre_anneal_step
 
@@ -598,9 +598,8 @@ def warnings(plan: RunPlan) -> list[str]:
         step = pre_anneal_step(parent.train.lr, parent.train.steps) if at == "pre_anneal" else at
         steps = parent.train.steps if step is None else int(step)
         before[name] = curve(parent.train.lr)(steps - 1)
-    options = {k: v for k, v in plan.launcher.items() if k != "name"}
-    launcher = make(LAUNCHERS.get(str(plan.launcher["name"])), options)
-    return [*plan.notes, *_tokenizer_warnings(plan), *check.warnings(plan, before, launcher.num_devices())]
+    devices = launcher_of(plan.launcher).num_devices()
+    return [*plan.notes, *_tokenizer_warnings(plan), *check.warnings(plan, before, devices)]
 
 
 def _tokenizer_warnings(plan: RunPlan) -> list[str]:

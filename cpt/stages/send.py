@@ -105,6 +105,7 @@ def send(
         EnvironmentProblem: the queue does not answer.
     """
     sent: dict[str, tuple[Sent, ...]] = {}
+    begin = time.time()
     try:
         for name, work in works.items():
             if name in sent:
@@ -116,20 +117,11 @@ def send(
                     batch.note_sent(work.run_dir, member, job)
                 write("job", stage=member, id=jobs[0].id, after=list(jobs[0].after))
     except CptError as error:
-        _take_back(launcher, sent)
-        if isinstance(error, UsageError):  # refused: there is no such job
-            _drop_unanswered(works)
+        run_dir = next(iter(works.values())).run_dir
+        _take_back(launcher, run_dir, begin, is_refused=isinstance(error, UsageError))
         raise
     _name_stuck(launcher, sent, write)
     return sent
-
-
-def _drop_unanswered(works: Mapping[str, Work]) -> None:
-    run_dir = next(iter(works.values())).run_dir
-    for jobs in batch.read_sent(run_dir).values():
-        for job in jobs:
-            if not job.id:
-                batch.forget(run_dir, job.token)
 
 
 def _array(plan: RunPlan, works: Mapping[str, Work], name: str) -> list[str]:
@@ -169,10 +161,12 @@ def _send_one(
             after=after if not jobs else (),
             after_failed=jobs[-1][0] if jobs else None,
         )
-        # Noted before: the job may exist although its answer is lost.
-        batch.note_sent(work.run_dir, members[0], Sent(id="", token=order.token, script=str(script), log=""))
-        jobs.append((launcher.submit(order), order))
-        batch.forget(work.run_dir, order.token)
+        # Noted before: the job may exist although its answer is lost. And at once after: whatever comes next may fail.
+        job = Sent(id="", token=order.token, script=str(script), log="", time=time.time())
+        batch.note_sent(work.run_dir, members[0], job)
+        id = launcher.submit(order)
+        batch.note_sent(work.run_dir, members[0], dataclasses.replace(job, id=id))
+        jobs.append((id, order))
     found: dict[str, tuple[Sent, ...]] = {}
     for i, member in enumerate(members):
         found[member] = tuple(
@@ -203,11 +197,20 @@ def _afterwards(plan: RunPlan, stage: StagePlan, work: Work) -> tuple[tuple[str,
     return tuple(found)
 
 
-def _take_back(launcher: Batch, sent: Mapping[str, tuple[Sent, ...]]) -> None:
-    """Remove jobs again, the last ones first: otherwise those behind a removed one might start."""
-    ids = [job.id for jobs in reversed(list(sent.values())) for job in reversed(jobs)]
+def _take_back(launcher: Batch, run_dir: Path, begin: float, *, is_refused: bool) -> None:
+    """Remove jobs again, the last ones first: otherwise those behind a removed one might start.
+
+    Args:
+        begin: when the first of them was sent [unix seconds].
+        is_refused: the last submission was refused, so that there is no job of it.
+    """
+    jobs = [job for of_stage in batch.read_sent(run_dir).values() for job in of_stage if job.time >= begin]
+    ids = [job.id.partition("_")[0] for job in sorted(jobs, key=lambda job: -job.time) if job.id]
     with contextlib.suppress(CptError):
-        launcher.cancel(list(dict.fromkeys(i.partition("_")[0] for i in ids)))
+        launcher.cancel(list(dict.fromkeys(ids)))
+    for job in jobs:
+        if is_refused and not job.id:
+            batch.forget(run_dir, job.token)
 
 
 def _name_stuck(launcher: Batch, sent: Mapping[str, tuple[Sent, ...]], write: Callable[..., None]) -> None:

@@ -11,11 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cpt.launch.slurm.commands import Away, Commands, Refused, TryLater
-from cpt.launch.slurm.hostlist import expand
 from tests.slurm.conftest import Cluster
 
 _tokens = (f"cpt-test-{os.getpid()}-{n}" for n in itertools.count())
@@ -237,20 +234,3 @@ def test_a_controller_that_stands_still_is_given_up_in_time(cluster: Cluster, sc
         time.sleep(0.1)
     assert job and Commands(environ=cluster.environ).submit(script(), token, again=True) == job
     assert comments(cluster).count(token) == 1
-
-
-_NAMES = st.sampled_from(["n", "node", "gpu-a", "r1n", "x.y-"])
-_RANGES = st.tuples(st.integers(0, 120), st.integers(0, 12), st.integers(1, 4)).map(
-    lambda r: f"{r[0]:0{r[2]}d}-{r[0] + r[1]}" if r[1] else f"{r[0]:0{r[2]}d}"
-)
-_BRACKETS = st.lists(_RANGES, min_size=1, max_size=4).map(lambda r: f"[{','.join(r)}]")
-_ITEMS = st.one_of(_NAMES.map(lambda n: n + "7"), st.builds(str.__add__, _NAMES, _BRACKETS)) | st.builds(
-    lambda a, b, c, d: a + b + c + d, _NAMES, _BRACKETS, st.sampled_from(["b", "-"]), _BRACKETS
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(items=st.lists(_ITEMS, min_size=1, max_size=3))
-def test_host_names_are_those_of_scontrol(cluster: Cluster, items: list[str]) -> None:
-    text = ",".join(items)
-    assert expand(text) == cluster.run("scontrol", "show", "hostnames", text).split()
