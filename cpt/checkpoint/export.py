@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cpt.base.errors import EnvironmentProblem, StageFailed, UsageError
+from cpt.base.errors import EnvironmentProblem, UsageError
 from cpt.checkpoint import hf_config, manifest, tokenizer_files
 from cpt.checkpoint.formats import Reading, Writing
 
@@ -32,7 +32,7 @@ def to_hf(
 
     Raises:
         UsageError: the checkpoint is not whole, or `out` exists.
-        StageFailed: the disk has no room. What is finished is kept for the next attempt.
+        EnvironmentProblem: the disk has no room. What is finished is kept for the next attempt.
     """
     from cpt.checkpoint.job.convert import convert
     from cpt.checkpoint.job.planning import Request, Running, plan
@@ -53,5 +53,5 @@ def to_hf(
         convert(plan(request), Running())
     except EnvironmentProblem as error:
         hint = "the checkpoint it is made from is untouched; make space, and the same command goes on"
-        raise StageFailed(error.message, *(error.hints or (hint,))) from error
+        raise EnvironmentProblem(error.message, *(error.hints or (hint,))) from error
     return out

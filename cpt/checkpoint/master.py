@@ -15,6 +15,7 @@ import numpy as np
 from cpt.base.errors import UsageError
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Content
+from cpt.checkpoint.values import FLOATS
 
 _BLOCK = 1 << 18  # values compared at a time: what fits into a core's cache
 _TURN = 1 << 24  # values after which the next of several parts takes over
@@ -180,17 +181,24 @@ def unequal(main: Values, given: str, weight: Values, wanted: str) -> Values:
         given, wanted: their dtypes.
     """
     if (given, wanted) == ("float32", "bfloat16"):
-        # Bits less than half a step away round to the weight: that decides all but ties, infinities and NaN.
-        apart = main.view(np.uint32) - (weight.astype(np.uint32) << 16)
-        apart += 0x7FFF
-        unsure = np.flatnonzero((apart > 0xFFFE) | ((weight & 0x7F80) == 0x7F80))
+        # Adding half a step, less one where the bit that stays is even, carries into that bit: right for all but NaN.
+        bits = main.view(np.uint32)
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += bits
+        rounded += 0x7FFF
+        rounded >>= 16
+        apart = rounded.astype(np.uint16) != weight
+        if FLOATS[given].has_nonfinite(bits):
+            apart |= FLOATS[given].nonfinite(bits)
+        unsure = np.flatnonzero(apart)
     else:
         unsure = np.flatnonzero(_bits(_rounded(main, given, wanted)) != _bits(weight))
     if not len(unsure):
         return unsure
-    rounded, kept = _rounded(main[unsure], given, wanted), weight[unsure]
-    both_nan = _is_nan(rounded, wanted) & _is_nan(kept, wanted)
-    return unsure[(_bits(rounded) != _bits(kept)) & ~both_nan]
+    exact, kept = _rounded(main[unsure], given, wanted), weight[unsure]
+    both_nan = _is_nan(exact, wanted) & _is_nan(kept, wanted)
+    return unsure[(_bits(exact) != _bits(kept)) & ~both_nan]
 
 
 def _rounded(values: Values, given: str, wanted: str) -> Values:

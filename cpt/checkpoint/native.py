@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpt.base.errors import StageFailed, UsageError
+from cpt.base.errors import EnvironmentProblem, StageFailed, UsageError
 from cpt.checkpoint import main_weights, megatron_args, states, torch_dist
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.content import Layout
@@ -49,7 +49,8 @@ def save(
     """Write a whole checkpoint; returns when it is safe on disk. Called by all ranks.
 
     Raises:
-        StageFailed: a rank cannot write, or main weights and model weights differ. Nothing is left of the folder.
+        EnvironmentProblem: a rank cannot write. Nothing is left of the folder.
+        StageFailed: main weights and model weights differ. Nothing is left of the folder.
     """
     begin_save(engine, Path(folder), progress=progress, phase=phase, origin=origin or Origin(), ranks=Ranks())()
     return manifests.read(folder)
@@ -74,7 +75,8 @@ def begin_save(
         may_seal: called on the first rank before the manifest is written; raises where that must not be.
 
     Raises:
-        StageFailed: no room on the disk, or the optimizer's main weights are not the model's.
+        EnvironmentProblem: no room on the disk.
+        StageFailed: the optimizer's main weights are not the model's.
     """
     with ranks.together() as sizes:
         chunks, objects = _collect(engine, copy=asynchronous)
@@ -165,12 +167,12 @@ def _prepare(folder: Path, needed: int) -> None:
         raise _write_error(folder, needed, error) from error
 
 
-def _write_error(folder: Path, needed: int, error: OSError) -> StageFailed:
+def _write_error(folder: Path, needed: int, error: OSError) -> EnvironmentProblem:
     from cpt.checkpoint.store import no_space
 
     if is_disk_full(error):
         return no_space(folder, needed, shutil.disk_usage(folder.parent).free)
-    return StageFailed(
+    return EnvironmentProblem(
         f"cannot save `{folder}`: {(error.strerror or str(error)).lower()}",
         "the checkpoints saved before are still whole",
     )

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cpt.base.errors import Fenced, StageFailed, UsageError
+from cpt.base.errors import EnvironmentProblem, Fenced, UsageError
 from cpt.base.files import fsync_folder, read_json, write_atomic
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.manifest import Manifest, Origin, is_whole, why_not_whole
@@ -387,7 +387,8 @@ class StageStore:
         resume) only rewrites the manifest. A whole checkpoint that is replaced stays until the new one is whole.
 
         Raises:
-            StageFailed: the disk is full or a rank cannot write. The partial folder is gone, older checkpoints stay.
+            EnvironmentProblem: the disk is full or a rank cannot write. The partial folder is gone, older ones
+                stay.
             Fenced: another attempt has taken the stage over.
         """
         from cpt.checkpoint import native
@@ -429,7 +430,7 @@ class StageStore:
         """Finish an asynchronous save that is under way.
 
         Raises:
-            StageFailed: it failed; older checkpoints stay.
+            CptError: it failed; older checkpoints stay.
         """
         if self._thread is not None:
             self._thread.join()
@@ -486,7 +487,7 @@ class StageStore:
                 remove(folder)
 
 
-def no_space(folder: Path, needed: int, free: int) -> StageFailed:
+def no_space(folder: Path, needed: int, free: int) -> EnvironmentProblem:
     """The error of a full disk.
 
     Args:
@@ -494,7 +495,7 @@ def no_space(folder: Path, needed: int, free: int) -> StageFailed:
     """
     from cpt.base.units import show_bytes
 
-    return StageFailed(
+    return EnvironmentProblem(
         f"not enough disk space to save `{folder}`: {show_bytes(needed)} needed, {show_bytes(free)} free",
         "the checkpoints saved before are still whole; make space, and the same command goes on from the newest one",
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,8 @@ from cpt.base.errors import UsageError
 from cpt.base.files import read_json, why_unreadable
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.content import Content
+from cpt.checkpoint.crc32 import crc32, crc32_of_both
 from cpt.checkpoint.formats import Format, Reading
-from cpt.checkpoint.writing import crc32_of_both
 
 LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
 _DATA = (".safetensors", ".distcp", ".bin", ".pt")  # files of values, whose checksums are verified while they are read
@@ -136,7 +135,7 @@ def _crc32_of(file: FileIO, start: int, end: int, watch: Watch) -> int | None:
         got = file.readinto(buffer[: min(_READ, end - at)])
         if not got:
             return None
-        crc = zlib.crc32(buffer[:got], crc)
+        crc = crc32(buffer[:got], crc)
         at += got
         watch(got)
     return crc

@@ -16,7 +16,6 @@ import json
 import math
 import mmap
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from cpt.base.errors import UsageError
 from cpt.base.files import fsync_folder, why_unreadable, write_atomic
 from cpt.checkpoint import torch_zip, unpickle
 from cpt.checkpoint.arrays import CARRIERS, convert, itemsize
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.manifest import FileFacts
 from cpt.checkpoint.unpickle import Dtype
 
@@ -86,7 +86,7 @@ class _Summing:
         except OSError as error:
             self.error = error
             raise
-        self.crc = zlib.crc32(view, self.crc)
+        self.crc = crc32(view, self.crc)
         self.position += len(view)
         return len(view)
 
@@ -159,7 +159,7 @@ def finish(folder: Path, records: Sequence[Record], common: Mapping[str, Any]) -
     for name, content in contents.items():
         write_atomic(folder / name, content)
     fsync_folder(folder)
-    return {n: FileFacts(size=len(c), crc32=f"{zlib.crc32(c):08x}") for n, c in contents.items()}
+    return {n: FileFacts(size=len(c), crc32=f"{crc32(c):08x}") for n, c in contents.items()}
 
 
 def metadata(records: Sequence[Record]) -> bytes:

@@ -17,7 +17,6 @@ import io
 import math
 import pickle
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 from cpt.base.errors import UsageError
 from cpt.checkpoint import unpickle
 from cpt.checkpoint.arrays import Crc, Payload, itemsize
+from cpt.checkpoint.crc32 import crc32
 
 _LOCAL, _CENTRAL, _DESCRIPTOR, _END = b"PK\3\4", b"PK\1\2", b"PK\7\10", b"PK\5\6"
 _END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
@@ -99,7 +99,7 @@ def read(data: Any, start: int, length: int, what: object) -> Archive:
         raise UsageError(f"`{what}` was written on a big-endian machine, which is not supported")
     found = members[pickled]
     text = bytes(data[found.start : found.start + found.length])
-    if zlib.crc32(text) != found.crc32:
+    if crc32(text) != found.crc32:
         raise UsageError(f"`{what}` is damaged: the checksum of `{pickled}` is wrong")
     value = unpickle.load(io.BytesIO(text), what)
     prefix = f"{root}data/"
@@ -231,14 +231,14 @@ def parts(
         )
 
     for name, content in (("data.pkl", pickled(value, payloads)), ("byteorder", b"little")):
-        member(name, content, zlib.crc32(content))
+        member(name, content, crc32(content))
     for i, payload in enumerate(payloads):
         if isinstance(payload, bytes):
-            member(f"data/{i}", payload, zlib.crc32(payload))
+            member(f"data/{i}", payload, crc32(payload))
         else:
             member(f"data/{i}", payload, Crc(first))
             first += 1
-    member("version", b"3\n", zlib.crc32(b"3\n"))
+    member("version", b"3\n", crc32(b"3\n"))
 
     count, size = len(payloads) + 3, sum(4 if isinstance(part, Crc) else len(part) for part in directory)
     made.extend(directory)

@@ -6,7 +6,6 @@ import itertools
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from cpt.base.units import show_bytes
 from cpt.checkpoint import master, store
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles, row_spans
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Reading
 from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, name_in, small_ones_wrong, stored_sums
 from cpt.checkpoint.values import Seen, not_finite, odd, some
@@ -283,7 +283,7 @@ class _Looker:
                 if end - start > _SUM:
                     _ask_for(data, at + _AHEAD * _SUM, min(at + (_AHEAD + 1) * _SUM, end))
                 with view[at : min(at + _SUM, end)] as part:
-                    crc = zlib.crc32(part, crc)
+                    crc = crc32(part, crc)
                     self.watch(len(part))
         return crc
 

@@ -8,10 +8,9 @@ import hashlib
 import io
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from cpt.base.errors import UsageError
 from cpt.checkpoint.arrays import CARRIERS, Array, Crc, Files, OutFile, Payload, itemsize, part_bytes
 from cpt.checkpoint.content import MODEL, Content
+from cpt.checkpoint.crc32 import crc32, crc32_of_both
 
 BLOCK = 64 << 20  # the most values in hand at a time [bytes]
 _IN_CACHE = 1 << 20  # of them, as many as stay in a core's cache: more is slower [bytes]
@@ -68,13 +68,13 @@ class Written:
 
     def text(self, data: bytes) -> None:
         """Count a part that is no payload."""
-        self._total = zlib.crc32(data, self._total)
+        self._total = crc32(data, self._total)
         self.parts += 1
         self._count(memoryview(data))
 
     def values(self, view: memoryview) -> None:
         """Count bytes of a payload."""
-        self._crc = zlib.crc32(view, self._crc)
+        self._crc = crc32(view, self._crc)
         self.inside += len(view)
         self._count(view)
 
@@ -253,45 +253,6 @@ def _start_writing(descriptor: int, start: int, length: int) -> None:
 
 
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
-
-
-def crc32_of_both(first: int, second: int, length: int) -> int:
-    """CRC-32 of two stretches of bytes, one after the other.
-
-    Args:
-        first, second: CRC-32 of each.
-        length: of the second [bytes].
-
-    Source:
-        A CRC is linear over GF(2): adding `length` zero bytes multiplies it by x^(8·length) modulo the polynomial.
-    """
-    return _times(_power(8 * length), first) ^ second
-
-
-_POLYNOMIAL = 0xEDB88320  # of CRC-32; the highest bit is x^0
-
-
-def _times(a: int, b: int) -> int:
-    product = 0
-    bit = 1 << 31
-    while bit:
-        if a & bit:
-            product ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-        bit >>= 1
-    return product
-
-
-@lru_cache(maxsize=1024)
-def _power(exponent: int) -> int:
-    """x to a power."""
-    result, square = 1 << 31, 1 << 30  # x^0, x^1
-    while exponent:
-        if exponent & 1:
-            result = _times(result, square)
-        square = _times(square, square)
-        exponent >>= 1
-    return result
 
 
 def _array(content: Content, state: str, atom: str, pad: bool) -> Array:

@@ -19,7 +19,6 @@ import base64
 import dataclasses
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
 from cpt.checkpoint import hf_config, mapping
 from cpt.checkpoint.arrays import Array, Fill, Payload, Place, Segment, as_matrix, itemsize
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Writing
 from cpt.checkpoint.formats.hf import DTYPES, safetensors
 from cpt.checkpoint.safetensors_files import Place as Header
@@ -265,7 +265,7 @@ def _files(
             {"name": name, "size": s.size, "crc32": f"{s.crc32:08x}"} | ({"sha256": s.sha256} if sha256 else {})
         )
     for name, data in sorted({**{n: p.read_bytes() for n, p in copies.items()}, **made}.items()):
-        facts: Json = {"name": name, "size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+        facts: Json = {"name": name, "size": len(data), "crc32": f"{crc32(data):08x}"}
         found.append(facts | ({"sha256": hash_text(data)} if sha256 else {}))
     return found
 
@@ -474,7 +474,7 @@ class _Folder:
             if name not in self.files:
                 raise UsageError(f"`{self.path}` does not list `{name}`, which it says to have")
             data = (self.folder / name).read_bytes()
-            if f"{zlib.crc32(data):08x}" != self.files[name]["crc32"]:
+            if f"{crc32(data):08x}" != self.files[name]["crc32"]:
                 raise UsageError(f"`{self.folder / name}` was changed: its CRC-32 is not the one in `{MANIFEST}`")
             fields["hf_config"] = json.loads(data)
         model = from_json(ModelConfig, fields)

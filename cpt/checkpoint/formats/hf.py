@@ -3,12 +3,13 @@ read (as data, never as code), not written."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,7 +100,7 @@ class HuggingFace(WritableFormat):
             state, dtypes = MAIN, dict.fromkeys(tensors, writing.dtype or "float32")
         payloads = [payload(t, state, dtypes[name]) for name, t in tensors.items()]
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        groups = list(grouped(payloads, writing.file_bytes))
+        groups = grouped(payloads, writing.file_bytes)
         names = file_names(len(groups))
         files = tuple(safetensors(name, group, shapes) for name, group in zip(names, groups, strict=True))
         values: Counter[str] = Counter()
@@ -388,18 +389,32 @@ def file_names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def grouped(payloads: Iterable[Payload], most: int) -> Iterator[list[Payload]]:
-    """Payloads in groups of at most `most` bytes (a larger one alone), in order."""
-    group: list[Payload] = []
-    size = 0
-    for p in payloads:
-        if group and size + p.nbytes > most:
-            yield group
-            group, size = [], 0
-        group.append(p)
-        size += p.nbytes
-    if group:
-        yield group
+def grouped(payloads: Sequence[Payload], most: int) -> list[Sequence[Payload]]:
+    """Payloads in as few groups of at most `most` bytes as their order allows (a larger one alone).
+
+    Of about equal size, so that workers, who take a file each, end together.
+    """
+    sizes = [p.nbytes for p in payloads]
+    few = len(_starts(sizes, most))
+    low, high = sum(sizes) // max(1, few), most
+    while low < high:
+        if len(_starts(sizes, middle := (low + high) // 2)) > few:
+            low = middle + 1
+        else:
+            high = middle
+    return [payloads[first:last] for first, last in itertools.pairwise([*_starts(sizes, high), len(sizes)])]
+
+
+def _starts(sizes: Sequence[int], most: int) -> list[int]:
+    """Where groups begin that are filled one after another."""
+    starts: list[int] = []
+    full = most
+    for i, size in enumerate(sizes):
+        if not starts or full + size > most:
+            starts.append(i)
+            full = 0
+        full += size
+    return starts
 
 
 def safetensors(name: str, payloads: Iterable[Payload], shapes: Mapping[str, tuple[int, ...]]) -> OutFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cpt.checkpoint import arrays, layouts, torch_zip, unpickle
 from cpt.checkpoint.arrays import Files
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.copies import Placed
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.torch_zip import Archive
 from cpt.checkpoint.unpickle import TensorRecord
@@ -152,7 +152,7 @@ class Folder:
         for file in files:
             for start, length, crc in self.crc32.get(file, ()):
                 with memoryview(self.files.map(file)) as data, data[start : start + length] as values:
-                    found = zlib.crc32(values)
+                    found = crc32(values)
                 if found != crc:
                     raise UsageError(
                         f"`{file}` is damaged: bytes {start:,} to {start + length:,} have the checksum {found:08x} "

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import struct
-import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from cpt.checkpoint import buckets, layouts, mapping, megatron_args, torch_zip
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Crc, OutFile, Payload, Segment, as_matrix, crop, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, OPTIMIZER, Content
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Output, Writing
 from cpt.checkpoint.formats.atom import packed
 from cpt.checkpoint.formats.torch_dist_names import MANIFEST, RANDOM, RANK
@@ -108,7 +108,7 @@ def plan(content: Content, writing: Writing) -> Output:
     def finish(sums: Mapping[str, FileSums]) -> dict[str, bytes]:
         made = {METADATA: metadata(records), COMMON: common, CONFIG: json.dumps(BACKEND).encode()}
         facts = {name: FileFacts(size=s.size, crc32=f"{s.crc32:08x}") for name, s in sums.items()}
-        facts |= {n: FileFacts(size=len(b), crc32=f"{zlib.crc32(b):08x}") for n, b in made.items()}
+        facts |= {n: FileFacts(size=len(b), crc32=f"{crc32(b):08x}") for n, b in made.items()}
         manifest = dataclasses.replace(draft, files=dict(sorted(facts.items())))
         return made | {manifests.NAME: (json.dumps(manifests.with_sum(manifest), indent=2) + "\n").encode()}
 

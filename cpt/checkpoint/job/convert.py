@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cpt.base import lock
 from cpt.base.errors import CptError, StoppedAndSaved, UsageError
 from cpt.base.files import fsync_folder
 from cpt.checkpoint import find, master, store
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import FORMATS
 from cpt.checkpoint.job import crew, place
 from cpt.checkpoint.job.crew import Stop, Stopped, Told
@@ -358,7 +358,7 @@ def _copy(source: Path, target: Path) -> FileSums:
     size = crc = 0
     with open(source, "rb") as reading, open(target, "wb") as writing:
         while data := reading.read(_COPY):
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             size += len(data)
             writing.write(data)
         writing.flush()
@@ -375,7 +375,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _sums(data: bytes) -> FileSums:
-    return FileSums(size=len(data), crc32=zlib.crc32(data))
+    return FileSums(size=len(data), crc32=crc32(data))
 
 
 def _tidy(out: Path, plan: Plan) -> None:

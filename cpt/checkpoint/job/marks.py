@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cpt.base.files import canonical_json
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.job.look import Look
 from cpt.checkpoint.job.place import MARKS
 from cpt.checkpoint.writing import Mark
@@ -62,14 +62,14 @@ class Marks:
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
             new = path.with_suffix(".new")
-            new.write_text(f"{zlib.crc32(text.encode()):08x} {text}", encoding="utf-8")
+            new.write_text(f"{crc32(text.encode()):08x} {text}", encoding="utf-8")
             os.replace(new, path)
 
     def read(self, number: int) -> Left | None:
         """The mark of a file; None if there is none, or a damaged one, or that of another plan."""
         with contextlib.suppress(OSError, ValueError):
             given, text = self.path(number).read_text(encoding="utf-8").split(" ", 1)
-            if int(given, 16) == zlib.crc32(text.encode()) and (value := json.loads(text))["id"] == self.id:
+            if int(given, 16) == crc32(text.encode()) and (value := json.loads(text))["id"] == self.id:
                 return Left(Mark(size=value["size"], crc32=value["crc32"]), value["seen"])
         return None
 

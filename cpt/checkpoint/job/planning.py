@@ -20,7 +20,7 @@ from cpt.checkpoint.formats import Output, Reading, Writing
 from cpt.checkpoint.sums import open_checked
 from cpt.checkpoint.writing import BLOCK
 
-VERSION = 2  # of the bytes that equal options give; raised when a release writes other ones
+VERSION = 3  # of the bytes that equal options give; raised when a release writes other ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from cpt.base.errors import StageFailed, UsageError
 from cpt.checkpoint import master
 from cpt.checkpoint.arrays import Files, Payload, Place, itemsize
 from cpt.checkpoint.content import MAIN, MODEL, Content
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.job.look import Look, is_rounded
 from cpt.checkpoint.job.marks import EVERY, Marks
 from cpt.checkpoint.job.planning import Plan, Running
@@ -164,7 +164,7 @@ def crc32_from_disk(path: Path, tell: Callable[[int], None] = lambda size: None)
         buffer = bytearray(_READ)
         view = memoryview(buffer)
         while size := file.readinto(buffer):
-            value = zlib.crc32(view[:size], value)
+            value = crc32(view[:size], value)
             tell(size)
     return value
 
@@ -251,7 +251,7 @@ class SourceSums:
             raise UsageError(f"`{file}` has {len(data):,} bytes, {start + length:,} are needed: the file was cut off")
         value = 0
         for at in range(start, start + length, _READ):
-            value = zlib.crc32(data[at : min(at + _READ, start + length)], value)
+            value = crc32(data[at : min(at + _READ, start + length)], value)
         data.release()
         if value != wanted:
             raise UsageError(

@@ -39,7 +39,8 @@ from cpt.checkpoint.arrays import (
     why_not_tiled,
 )
 from cpt.checkpoint.content import MODEL, Atom, Content
-from cpt.checkpoint.writing import blocks, crc32_of_both, write_file
+from cpt.checkpoint.crc32 import crc32_of_both
+from cpt.checkpoint.writing import blocks, write_file
 from cpt.plan.types import ModelConfig
 
 Matrix = np.ndarray[Any, Any]

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import export, hf_config, mapping
+from cpt.checkpoint.arrays import Payload, Segment
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
-from cpt.checkpoint.formats.hf import HuggingFace
+from cpt.checkpoint.formats.hf import HuggingFace, grouped
 from tests.checkpoints import MODELS, PLAIN, convert, read_safetensors, tensors, values, write_hf, write_safetensors
 
 TIED = MODELS["qwen2"]
@@ -45,6 +48,18 @@ def test_a_folder_written_again_is_the_same(tmp_path: Path, family: str, dtype: 
         name for path in sorted(out.glob("*.safetensors")) for name in read_order(path)
     ]
     assert all(name in read_order(out / file) for name, file in index["weight_map"].items())
+
+
+@given(sizes=st.lists(st.integers(1, 50), max_size=30), most=st.integers(1, 200))
+def test_shards_are_few_and_of_about_equal_size(sizes: list[int], most: int) -> None:
+    payloads = [Payload(str(i), "model", "uint8", (Segment(n, 1, ()),)) for i, n in enumerate(sizes)]
+    groups = grouped(payloads, most)
+    assert [p for g in groups for p in g] == payloads and all(groups)
+    totals = [sum(p.nbytes for p in g) for g in groups]
+    assert all(total <= most or len(g) == 1 for total, g in zip(totals, groups, strict=True))
+    if max(sizes, default=0) <= most:
+        assert (len(groups) - 1) * most < 2 * max(1, sum(sizes))  # two neighbours never fit into one
+        assert max(totals, default=0) <= sum(sizes) / max(1, len(groups)) + max(sizes, default=0)
 
 
 def read_order(path: Path) -> list[str]:

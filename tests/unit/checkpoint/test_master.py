@@ -77,7 +77,10 @@ def test_a_weight_is_wrong_exactly_where_torch_rounds_otherwise(dtype: str, seed
     assert list(master.unequal(main, "float32", weight, dtype)) == list(changed[~still])
 
 
-@pytest.mark.parametrize(("main", "weight"), [(0x7F800001, 0x7F80), (0x7F7FFFFF, 0x7F7F), (0x80000000, 0x0000)])
+@pytest.mark.parametrize(
+    ("main", "weight"),
+    [(0x7F800001, 0x7F80), (0x7FFFFFFF, 0x8000), (0x7F7FFFFF, 0x7F7F), (0x80000000, 0x0000)],
+)
 def test_infinity_nan_and_signs_of_zero_are_not_mixed_up(main: int, weight: int) -> None:
     values = np.array([main], np.uint32).view(np.float32)
     assert list(master.unequal(values, "float32", np.array([weight], np.uint16), "bfloat16")) == [0]
