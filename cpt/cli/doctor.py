@@ -27,13 +27,13 @@ def command(launcher: Launcher = None, json: Json = False) -> int:
     """Check Python, packages, process groups, memory, disk, wandb and a launcher; exit code 3 when a check fails."""
     from cpt.base.errors import DONE, ENVIRONMENT
     from cpt.config.launcher import launcher as read_launcher
-    from cpt.doctor import check, machine, packages, scheduler, tracking
+    from cpt.doctor import check, engine, machine, packages, scheduler, tracking
 
     runs = Path("runs").absolute()
     cache = Path(os.environ.get("CPT_CACHE") or ".cpt/cache").absolute()
     queue = scheduler.checks(*read_launcher(launcher), runs, cache) if launcher else ()
-    groups = (packages.checks(), queue, machine.checks(runs, cache), tracking.checks(os.environ))
-    with ThreadPoolExecutor(len(groups)) as pool:  # most of the time processes that they start load torch
+    groups = (packages.checks(), engine.checks(), queue, machine.checks(runs, cache), tracking.checks(os.environ))
+    with ThreadPoolExecutor(len(groups)) as pool:  # most of the time a process beside this one loads torch
         found = [*chain.from_iterable(pool.map(check.run, groups))]
     if json:
         result_json([asdict(c) for c in found])

@@ -155,11 +155,13 @@ class Screen:
 
     def close(self) -> None:
         """Leave the last state on the screen; wait a little for wandb to send the rest."""
+        from cpt.report.wandb import LATER
+
         if self.display is not None:
             self.display.close()
         problem = self.wandb.close() if self.wandb is not None else None
         if problem:
-            self.line(f"warning: {problem}; the run does not depend on it, `cpt sync` sends it later")
+            self.line(f"warning: {problem}; {LATER}")
 
     def _data(self, event: Event) -> None:
         """A long preparation says how far it is: in a terminal on one line that is rewritten."""

@@ -23,7 +23,7 @@ def command(run: Run, json: Json = False) -> None:
     problem = wandb.sync(folder, note)
     if problem:
         raise EnvironmentProblem(
-            problem, f"the log is `{folder / wandb.FOLDER / 'process.log'}`", "`wandb login` sets the key"
+            problem, f"the log is `{folder / wandb.FOLDER / wandb.LOG}`", "`wandb login` sets the key"
         )
     said = wandb.read_state(folder / wandb.FOLDER)
     if json:

@@ -1,12 +1,10 @@
-"""The machine: process groups, memory, disk, limits."""
+"""The machine: memory, disk, limits."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,19 +12,6 @@ from pathlib import Path
 
 from cpt.base.units import show_bytes
 from cpt.doctor.check import Check
-
-_HANDSHAKE = """
-import sys, datetime
-import torch, torch.distributed as dist
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=20))
-value = torch.tensor([rank + 1.0])
-dist.all_reduce(value)
-assert value.item() == 3.0
-dist.barrier()
-dist.destroy_process_group()  # a thread of gloo that outlives its group ends the process with an abort
-"""
 
 
 def checks(runs: Path, cache: Path) -> Iterator[tuple[str, Callable[[], Check]]]:
@@ -36,41 +21,11 @@ def checks(runs: Path, cache: Path) -> Iterator[tuple[str, Callable[[], Check]]]
         runs: where run folders go.
         cache: where prepared corpora go.
     """
-    yield "two ranks", _handshake
     yield "cores and memory", _memory
     yield "/dev/shm", _shared_memory
     yield "open files", _open_files
     yield "run folder", lambda: _disk("run folder", runs)
     yield "cache", lambda: _disk("cache", cache)
-
-
-def _handshake() -> Check:
-    """Two processes find each other over gloo and add a number."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "store")
-        start = time.monotonic()
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", _HANDSHAKE, str(rank), path],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        try:
-            errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-        except subprocess.TimeoutExpired:
-            errors = ["they did not find each other within 60 s"]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    if any(rank.returncode for rank in ranks):
-        last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "no word from them")
-        hint = "`GLOO_SOCKET_IFNAME=lo` binds ranks of one machine to its loopback device"
-        return Check("fail", "two ranks", last, hint)
-    return Check("ok", "two ranks", f"gloo works between two processes ({time.monotonic() - start:.1f} s)")
 
 
 def _memory() -> Check:

@@ -28,6 +28,7 @@ class Work:
     python: str  # the interpreter that has `cpt`
     cwd: Path  # where the person typed the command
     afterwards: tuple[tuple[str, ...], ...] = ()  # commands after a stage that is done; how they end changes nothing
+    beside: tuple[str, ...] = ()  # a command while a job works on the stage; at SIGTERM it comes to its end by itself
 
 
 @dataclass(frozen=True, kw_only=True)

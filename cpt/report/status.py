@@ -15,7 +15,7 @@ from cpt.base.events import Event
 from cpt.launch import batch, launcher_of
 from cpt.launch.batch import Batch, JobState, Sent
 from cpt.plan.types import RunPlan
-from cpt.report import show
+from cpt.report import show, wandb
 from cpt.report.progress import StageNow
 from cpt.report.runs import names
 from cpt.report.table import aligned
@@ -61,6 +61,7 @@ class RunStatus:
     held_by: str | None
     seconds_left: float | None
     stages: tuple[StageStatus, ...]
+    wandb: str | None = None  # why not all of it is at wandb
 
 
 def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> RunStatus:
@@ -92,6 +93,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> Run
         held_by=held.text() if held else None,
         seconds_left=left / rate if rate else None,
         stages=tuple(_with_reasons(plan, stages)),
+        wandb=wandb.read_state(folder / wandb.FOLDER).get("problem"),
     )
 
 
@@ -354,6 +356,9 @@ def status_text(status: RunStatus, now: float) -> str:
             notes.append(f"{name}: nobody works on it any more; {again}")
         if s.reason:
             notes.append(f"{name}: {show.plain(s.reason)}")
+    if status.wandb:
+        later = wandb.LATER.replace("cpt sync", f"cpt sync {show.plain(status.name)}")
+        notes.append(f"wandb failed: {show.plain(status.wandb)}; {later}")
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 

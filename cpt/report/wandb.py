@@ -4,6 +4,8 @@
        │                     ▲ reads events.jsonl of every attempt
        └── closes its stdin at the end (or dies): it sends the rest, and is killed when that takes too long
 
+In a batch job the script starts it beside the ranks of a stage, and ends it by a signal.
+
 The run's id, and how far each event file has been sent, are in `wandb/sent.json`: a run that is started again ten times
 is one wandb run, and an offline one can be sent later by `cpt sync`.
 """
@@ -21,10 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt.launch import launcher_of
+from cpt.launch.batch import Batch
 from cpt.plan.types import RunPlan
 
 FOLDER = "wandb"
 STATE = "sent.json"
+LOG = "process.log"
+LATER = "the run does not depend on it, `cpt sync` sends it later"
 CLOSE_SECONDS = 20.0  # for sending what is left when the run has ended
 
 
@@ -44,7 +50,7 @@ class WandbSink:
             folder = run_dir / FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             write_state(folder, **{**read_state(folder), "problem": None})
-            with open(folder / "process.log", "ab") as log:
+            with open(folder / LOG, "ab") as log:
                 self._process = subprocess.Popen(
                     [*(command or [sys.executable, "-m", "cpt.report.wandb_process", str(run_dir)])],
                     stdin=subprocess.PIPE,
@@ -76,6 +82,8 @@ class WandbSink:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if late:
+            take_back(self.run_dir / FOLDER)
         said = read_state(self.run_dir / FOLDER).get("problem")
         if late:
             self.problem = f"wandb did not finish within {seconds:.0f} s"
@@ -85,9 +93,9 @@ class WandbSink:
 
 
 def start(plan: RunPlan, run_dir: Path) -> WandbSink | None:
-    """The sink of a run, or None when its plan does not want wandb."""
-    mode = str(plan.tracking.get("wandb", "off"))
-    return WandbSink(run_dir) if mode in ("online", "offline") else None
+    """The sink of a run, or None when its plan does not want wandb, or its jobs in a queue tell wandb themselves."""
+    wanted = plan.tracking.get("wandb", "off") != "off" and not isinstance(launcher_of(plan.launcher), Batch)
+    return WandbSink(run_dir) if wanted else None
 
 
 def sync(run_dir: Path, wait: Callable[[str], None], seconds: float = 3600.0) -> str | None:
@@ -106,12 +114,21 @@ def sync(run_dir: Path, wait: Callable[[str], None], seconds: float = 3600.0) ->
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `sent.json` says: id, problem, and by mode how many bytes of each event file were sent."""
+    """What `sent.json` says: id, problem, and by mode how many bytes of each event file were sent (`begun`: when the
+    process that is at it began).
+    """
     try:
         value = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def take_back(folder: Path) -> None:
+    """Take what a process has sent that could not finish for not sent: twice in wandb is better than never."""
+    said = read_state(folder)
+    with contextlib.suppress(OSError):
+        write_state(folder, **{**said, "sent": {**said.get("sent", {}), **said.get("begun", {})}})
 
 
 def write_state(folder: Path, **fields: Any) -> None:

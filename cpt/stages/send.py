@@ -149,7 +149,7 @@ def _send_one(
     if is_array:
         assert stage.group is not None
         work = dataclasses.replace(work, stage=stage.group)
-    work = dataclasses.replace(work, afterwards=_afterwards(plan, stage, work))
+    work = dataclasses.replace(work, afterwards=_afterwards(stage, work), beside=_beside(plan, stage, work))
     script = launcher.write_script(work, members if is_array else ())
     after = [[job.id.partition("_")[0] for job in sent[n]] for n in needs(plan, stage) if n in sent]
     after = [list(ids) for ids in dict.fromkeys(tuple(ids) for ids in after)]  # elements of one array are one job
@@ -183,8 +183,8 @@ def _send_one(
     return found
 
 
-def _afterwards(plan: RunPlan, stage: StagePlan, work: Work) -> tuple[tuple[str, ...], ...]:
-    """What a job does after its stage: the plan with a law's values, the report, what wandb has not got yet."""
+def _afterwards(stage: StagePlan, work: Work) -> tuple[tuple[str, ...], ...]:
+    """What a job does after its stage: the plan with a law's values, the report."""
     cpt = (work.python, "-m", "cpt")
     run_dir = str(work.run_dir)
     found: list[tuple[str, ...]] = []
@@ -192,9 +192,14 @@ def _afterwards(plan: RunPlan, stage: StagePlan, work: Work) -> tuple[tuple[str,
         found.append((*cpt, "resume", run_dir, "--plan-only"))
     if stage.group is None:
         found.append((*cpt, "report", run_dir, "--quiet"))
-    if plan.tracking.get("wandb", "off") != "off":
-        found.append((work.python, "-m", "cpt.report.wandb_process", run_dir))
     return tuple(found)
+
+
+def _beside(plan: RunPlan, stage: StagePlan, work: Work) -> tuple[str, ...]:
+    """What a job does while its ranks work: tell wandb what happens. Nothing of the proxies of a law goes there."""
+    if plan.tracking.get("wandb", "off") == "off" or stage.group is not None:
+        return ()
+    return (work.python, "-m", "cpt.report.wandb_process", str(work.run_dir), "--beside")
 
 
 def _take_back(launcher: Batch, run_dir: Path, begin: float, *, is_refused: bool) -> None:

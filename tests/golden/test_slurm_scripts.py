@@ -40,14 +40,17 @@ def test_scripts(style: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> 
     options = launcher_of(value.get("plan", value)["launcher"])  # as it comes back from a plan
     assert isinstance(options, Slurm)
     run = Path("/home/me/runs/medical-7c1e92")
+    python = "/home/me/.venv/bin/python"
+    sender = (python, "-m", "cpt.report.wandb_process", str(run), "--beside")
     work = Work(
         run_dir=run,
         stage="mix" if style in MEMBERS else "domain",
         world_size=options.num_devices() or 4,
         layout="tp 2, pp 1, dp auto",
-        python="/home/me/.venv/bin/python",
+        python=python,
         cwd=Path("/home/me"),
-        afterwards=(("/home/me/.venv/bin/python", "-m", "cpt", "report", str(run), "--quiet"),),
+        afterwards=((python, "-m", "cpt", "report", str(run), "--quiet"),),
+        beside=sender if style == "cpu" else (),
     )
     text = script.render(options, work, MEMBERS.get(style, ()))
     path = FOLDER / f"{style}.sbatch"

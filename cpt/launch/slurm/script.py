@@ -88,6 +88,7 @@ def render(options: Slurm, work: Work, members: Sequence[str] = ()) -> str:
         "requeue": options.requeue,
         "hang_after": f"{options.hang_after:g}",
         "afterwards": work.afterwards,
+        "beside": work.beside,
     }
     return _fill(_template(options, work), values)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.doctor import check, machine, packages, tracking
+from cpt.doctor import check, engine, machine, packages, tracking
 
 
 def test_a_check_that_breaks_has_failed_and_the_others_still_run() -> None:
@@ -31,9 +31,37 @@ def test_a_folder_that_is_not_there_yet_is_measured_where_it_would_be(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_find_each_other() -> None:
-    (found,) = check.run([c for c in machine.checks(Path("runs"), Path("cache")) if c[0] == "two ranks"])
-    assert found.status == "ok", found.found
+def test_torch_and_megatron_import_and_two_processes_find_each_other() -> None:
+    first, second = check.run(engine.checks())
+    assert (first.status, first.name) == ("ok", engine.ENGINE) and "megatron-core" in first.found, first.found
+    assert (second.status, second.name) == ("ok", engine.RANKS) and "two processes" in second.found, second.found
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "engine_says", "ranks_say"),
+    [
+        ("torch.py", "raise ImportError('libcudart.so.12 is missing')", "libcudart.so.12 is missing", "not tried"),
+        ("torch.py", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exit code -11", "not tried"),
+        ("megatron/core.py", "raise ImportError('no megatron here')", "no megatron here", "gloo works"),
+    ],
+)
+def test_what_does_not_import_is_said_and_takes_no_check_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str, engine_says: str, ranks_say: str
+) -> None:
+    (tmp_path / module).parent.mkdir(exist_ok=True)
+    (tmp_path / module).write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    first, second = check.run(engine.checks())
+    assert first.status == "fail" and engine_says in first.found
+    assert ranks_say in second.found and (second.status == "ok") == ("works" in ranks_say)
+
+
+def test_ranks_that_do_not_meet_are_a_failure_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-device")
+    first, second = check.run(engine.checks())
+    assert first.status == "ok"
+    assert second.status == "fail" and "GLOO_SOCKET_IFNAME" in second.hint
+    assert "no-such-device" in second.found, second.found
 
 
 def test_wandb_without_a_key_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """wandb may be missing, broken, hanging or dead: the run goes on and says so in one line."""
 
+import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from cpt.base.files import read_json, write_json
 from cpt.report import wandb
-from cpt.report.wandb_process import Sent, values
+from cpt.report.wandb_process import Sent, alone, values
 from tests import made_run
 
 FAKE = """
@@ -114,6 +118,51 @@ def test_a_hanging_wandb_is_ended(run, fake):
         os.kill(pid, 0)
 
 
+def test_what_did_not_arrive_is_sent_again(run, fake):
+    write, told = fake
+    write(FAKE + "\nimport time\nRun.finish = lambda self, **k: time.sleep(1000)")
+    sink = wandb.WandbSink(run)
+    deadline = time.monotonic() + 30
+    while len(told()) < 300 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sink.close(2.0) == "wandb did not finish within 2 s"
+    before = told()
+    write(FAKE)
+    assert wandb.WandbSink(run).close(30) is None
+    again = told()[len(before) :]
+    assert again[:-1] == before and again[-1][0] == "finish"
+
+
+def test_one_process_at_a_time_sends(run, fake):
+    _, told = fake
+    (run / wandb.FOLDER).mkdir()
+    with alone(run, "offline", threading.Event()) as is_alone:
+        assert is_alone
+        assert wandb.WandbSink(run).close(30) == "wandb failed: another process is sending the run"
+        assert told() == []
+    assert wandb.WandbSink(run).close(30) is None
+    assert told()[-1][0] == "finish"
+
+
+@pytest.mark.parametrize("how", ["signal", "parent"])
+def test_beside_a_job_it_ends_when_told_and_when_the_script_has_gone(run, fake, how):
+    _, told = fake
+    words = [sys.executable, "-m", "cpt.report.wandb_process", str(run), "--beside"]
+    code = f"import subprocess, time; p = subprocess.Popen({words!r}); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as script:
+        pid = int(script.stdout.readline())
+        deadline = time.monotonic() + 30
+        while len(told()) < 300 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGUSR2)  # as a queue warns every process of a job
+        assert _alive(pid)
+        os.kill(*((pid, signal.SIGTERM) if how == "signal" else (script.pid, signal.SIGKILL)))
+    while time.monotonic() < deadline and _alive(pid):
+        time.sleep(0.1)
+    assert not _alive(pid) and told()[-1][0] == "finish"
+    assert wandb.read_state(run / wandb.FOLDER)["problem"] is None
+
+
 def test_a_sender_without_its_run_ends_by_itself(run, fake, tmp_path):
     write, _ = fake
     write("import time\ntime.sleep(1000)")
@@ -126,8 +175,6 @@ def test_a_sender_without_its_run_ends_by_itself(run, fake, tmp_path):
         time.sleep(2)
         os._exit(9)
     """
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
     pid = int(done.stdout)
     deadline = time.monotonic() + 30
@@ -156,8 +203,11 @@ def test_a_line_that_is_half_written_is_sent_when_it_is_whole(run):
     assert list(sent.new()) == []
 
 
-def test_off_starts_nothing(tmp_path):
-    assert wandb.start(made_run.plan(tmp_path), tmp_path) is None
+def test_off_starts_nothing_and_neither_does_a_run_of_jobs(tmp_path):
+    plan = made_run.plan(tmp_path)
+    assert wandb.start(plan, tmp_path) is None
+    plan = dataclasses.replace(plan, tracking={"wandb": "offline"}, launcher={"name": "slurm"})
+    assert wandb.start(plan, tmp_path) is None and list(tmp_path.iterdir()) == []
 
 
 def test_evaluations_are_sent_by_domain():
