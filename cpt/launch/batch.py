@@ -67,10 +67,12 @@ class Inside:
 
     Args:
         stop_at: when its ranks are to save and stop, some time before its limit [unix seconds]; None = no limit.
+        warned_from: the earliest time at which the queue itself warns of the limit [unix seconds]; None = no limit.
     """
 
     id: str
     stop_at: float | None = None
+    warned_from: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,10 +223,10 @@ class Anomalies:
     """What is done about a NaN or a loss spike."""
 
     nan: str = "skip"  # skip the update | stop
-    spike: str = "warn"  # warn | skip | stop | rollback (from the newest checkpoint, leaving the step's samples out)
+    spike: str = "warn"  # warn | skip | stop | rollback (see `engine.anomalies.roll_back`)
     spike_factor: float = 3.0  # a spike is a loss above factor · running mean (of `window` steps)
     window: int = 50
-    max_skips: int = 10  # in a row; more stop the run
+    max_skips: int = 10  # skipped updates in a row, or rollbacks of a stage; more stop the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +337,7 @@ class Job:
     tokenizer: str | None  # absolute tokenizer.json
     fence: str | None = None  # token of the stage's lock: whoever finds another one there publishes nothing any more
     stop_at: float | None = None  # save and stop at this time, before the queue ends the job [unix seconds]
+    warned_from: float | None = None  # before this time a stop has another cause than the job's limit [unix seconds]
     queue_job: str | None = None  # id of the batch job that makes this attempt
 
 

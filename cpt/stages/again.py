@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cpt.base.errors import DONE, GUARD, SAVED
 
 END, REPEAT = "end", "repeat"
+_WANTED = "`launcher.time` must be a minute longer than the start, one step and `launcher.warn` together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Ended:
         code: 0, 75, 4, or a failure.
         is_fault: it failed for a fault of the machine, which another attempt may not meet.
         is_asked: somebody asked for the stop.
+        is_at_limit: it ended when the time limit of its batch job was near or over.
         began_at: steps at which the attempts so far went on, oldest first, this one last.
         step: where the next one would go on.
     """
@@ -25,6 +27,7 @@ class Ended:
     code: int
     is_fault: bool = False
     is_asked: bool = False
+    is_at_limit: bool = False
     began_at: Sequence[int] = (0,)
     step: int = 0
 
@@ -42,10 +45,11 @@ class Ended:
 def decide(ended: Ended, *, retries: int, max_attempts: int | None, has_steps: bool) -> tuple[str, str]:
     """(`repeat` or `end`, why the end is final; empty where the attempt's own end says it).
 
-    A stop before a time limit is repeated while steps are gained; a fault of the machine also without, some times.
+    A stop at a time limit is repeated while steps are gained: the next attempt would have no more time. A stop from
+    outside before that (preemption) and a fault of the machine are repeated also without, some times.
 
     Args:
-        retries: how often in a row a fault without a step gained is repeated; 0 = no fault is.
+        retries: how often in a row an attempt without a step gained is repeated; 0 = no fault is, a stop once.
         has_steps: the stage counts steps; one that does not is repeated like one that met a fault.
     """
     if ended.code in (DONE, GUARD) or ended.is_asked:
@@ -57,10 +61,9 @@ def decide(ended: Ended, *, retries: int, max_attempts: int | None, has_steps: b
     attempts = len(ended.began_at)
     if max_attempts is not None and attempts >= max_attempts:
         return END, f"not tried again: {attempts} attempts were made (`launcher.max_attempts`)"
-    if ended.code == SAVED and has_steps:
-        if ended.without_gain:
-            return END, "not tried again: the attempt gained no step (`launcher.time` may be too short for one)"
-        return REPEAT, ""
+    if ended.without_gain and ended.is_at_limit and ended.code == SAVED and has_steps:
+        return END, f"not tried again: its time limit came before a step was gained; {_WANTED}"
     if ended.without_gain > max(1, retries):
-        return END, f"not tried again: {ended.without_gain} attempts without a step gained (`launcher.retries`)"
+        near = f"; the last ended near its time limit: {_WANTED}" if ended.is_at_limit else ""
+        return END, f"not tried again: {ended.without_gain} attempts without a step gained (`launcher.retries`){near}"
     return REPEAT, ""

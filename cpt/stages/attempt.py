@@ -135,6 +135,7 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
             tokenizer=prepared["tokenizer"],
             fence=held.holder.token,
             stop_at=inside.stop_at if inside else None,
+            warned_from=inside.warned_from if inside else None,
             queue_job=inside.id if inside else None,
         )
         write_json(attempt_dir / "job.json", to_json(job))
@@ -411,6 +412,7 @@ def verdict_on(
         code=code,
         is_fault=is_fault,
         is_asked=asked,
+        is_at_limit=attempt.job.warned_from is not None and time.time() >= attempt.job.warned_from,
         began_at=_began_at(attempt.stage_dir, first),
         step=state.read(attempt.stage_dir).step or 0,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 
 from cpt.base.files import read_lines
 from cpt.stages import state
+from cpt.stages.attempt import attempts
 from tests.dist import killing
 from tests.slurm.conftest import Cluster
 
@@ -62,6 +65,23 @@ stages:
     tokens: 1280
     mixture: {{even: 0.2, odd: 0.8}}
     lr: {{schedule: linear, end: 0}}
+"""
+# What starts ranks in place of Python itself, to slow them.
+SLOWED = """
+import signal, sys, time
+from pathlib import Path
+from cpt import worker
+from cpt.data import stream
+
+folder = Path(sys.argv[-1]).parent
+
+class Slow(stream.Stream):
+    METHOD
+
+if __name__ == "__main__":
+    if folder.parent.name == "long" and folder.name in ("attempt_1", "attempt_2"):
+        stream.Stream = Slow
+    sys.exit(worker.main(sys.argv[-1:]))
 """
 
 
@@ -201,17 +221,67 @@ def test_a_chain_ends_done_with_the_bits_of_a_local_run(place: Place) -> None:
     assert "queued" not in place.cpt("status", "chain/it")
 
 
-def test_a_stage_stopped_by_its_warning_is_queued_again_twice_and_finishes(place: Place, hurry: None) -> None:
-    place.send("warned")
-    job = place.job("warned", "long")
-    for attempt in (1, 2):
-        place.wait_step("warned", "long", step=12 * attempt, attempt=attempt)
-        place.cluster.run("scancel", "--signal=USR2", job)
-        place.wait(lambda: place.state("warned", "long").status == state.SAVED, "saved", 60)
-        assert place.state("warned", "short").status == state.PENDING
-    place.wait_done("warned")
-    assert place.state("warned", "long").attempt == 3
-    assert_same(place, "warned")
+def slowed(place: Place, name: str, method: str) -> str:
+    """The override that gives the ranks of the first two attempts at `long` a `Stream` with another method."""
+    script = place.folder / f"{name}.py"
+    script.write_text(SLOWED.replace("METHOD", textwrap.indent(textwrap.dedent(method), "    ").strip()))
+    return f"launcher.wrap_command=[{sys.executable},{script}]"
+
+
+def stops(place: Place, runs: str) -> list[dict[str, Any]]:
+    """How attempts at `long` stopped, oldest first."""
+    files = [folder / "events.jsonl" for folder in attempts(place.run_dir(runs) / "stages" / "long")]
+    return [event for file in files for event in read_lines(file) if event["kind"] == "stop"]
+
+
+def assert_queued_again(place: Place, runs: str, job: str, times: int) -> None:
+    assert place.jobs(runs)["long"] == [job]
+    restarts = re.findall(r"Restarts=(\d+)", place.cluster.run("scontrol", "show", "job", job))
+    assert int(restarts[0]) >= times
+
+
+def test_a_stage_stopped_by_its_time_limit_is_queued_again_twice_and_finishes(place: Place, hurry: None) -> None:
+    """Slurm's clock alone stops it, 35 to 65 s after a start: the two slow attempts make 86 of 100 steps at most."""
+    slow_data = """
+        def batch(self, *place):
+            time.sleep(1.5)
+            return super().batch(*place)
+    """
+    place.send("clock", "launcher.time=2m", "launcher.warn=55", slowed(place, "slow_data", slow_data))
+    job = place.job("clock", "long")
+    for count in (1, 2):
+        place.wait(lambda count=count: len(stops(place, "clock")) == count, f"stop {count}", 120)  # type: ignore[misc]
+        assert place.state("clock", "short").status == state.PENDING
+    place.wait_done("clock")
+    assert_queued_again(place, "clock", job, times=2)
+    found = stops(place, "clock")
+    assert all(event["reason"].endswith(("(signal SIGUSR2)", "(time limit)")) for event in found)
+    assert 0 < found[0]["step"] < found[1]["step"] < 100
+    assert_same(place, "clock")
+
+
+def test_a_job_stopped_from_outside_before_its_first_step_goes_on(place: Place, hurry: None) -> None:
+    """Once by a signal long before its limit, once by preemption."""
+    slow_start = """
+        def __init__(self, *args, **options):
+            (folder / "starting").touch()
+            while signal.getsignal(signal.SIGUSR2).__self__.signal is None:
+                time.sleep(0.05)
+            super().__init__(*args, **options)
+    """
+    place.send("early", "launcher.time=1h", "launcher.partition=spot", slowed(place, "slow_start", slow_start))
+    job = place.job("early", "long")
+    folder = place.run_dir("early") / "stages" / "long"
+    place.wait((folder / "attempt_1" / "starting").exists, "attempt 1 starts")
+    place.cluster.run("scancel", "--signal=USR2", job)
+    place.wait((folder / "attempt_2" / "starting").exists, "attempt 2 starts")
+    first = place.cluster.run("sbatch", "--parsable", "--exclusive", "-N2", "--wrap", "sleep 1", cwd=place.folder)
+    place.wait(lambda: len(stops(place, "early")) == 2, "preempted", 60)
+    assert place.cluster.wait(first) == "COMPLETED"
+    place.wait_done("early")
+    assert_queued_again(place, "early", job, times=2)
+    assert [event["step"] for event in stops(place, "early")] == [0, 0]
+    assert_same(place, "early")
 
 
 def test_a_failing_stage_takes_those_behind_it_out_of_the_queue(place: Place) -> None:

@@ -37,6 +37,7 @@ FORBIDDEN = (
 # What the script or the ranks set themselves: a value from outside would give ranks wrong numbers.
 RESERVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 MOST_WARN = 65_535  # seconds that sbatch takes
+EARLY = 60.0  # seconds by which Slurm's warning may come before it was asked for
 _WORD = re.compile(r"[\w.:@+-]+", re.ASCII)
 _LIST = re.compile(r"[\w.:@+,-]+", re.ASCII)
 _CONSTRAINT = re.compile(r"[\w.:@+,&|*()\[\]!-]+", re.ASCII)
@@ -269,8 +270,11 @@ class Slurm(Batch):
         if "SLURM_ARRAY_TASK_ID" in environ:
             id = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
         left = self._seconds_left(id, environ)
+        if left is None:
+            return Inside(id=id)
+        end = time.time() + left
         # A limit that the partition sets may be shorter than the warning: half of what is left is work.
-        return Inside(id=id, stop_at=None if left is None else time.time() + left - min(self.warn, left / 2))
+        return Inside(id=id, stop_at=end - min(self.warn, left / 2), warned_from=end - self.warn - EARLY)
 
     def _seconds_left(self, id: str, environ: Mapping[str, str]) -> float | None:
         """Until the job's limit [s]; Slurm tells jobs themselves from 23.02 on, before that it is asked."""

@@ -383,6 +383,7 @@ def test_a_job_knows_itself_and_its_end() -> None:
     end = int(time.time()) + 1000
     inside = made.inside({"SLURM_JOB_ID": "9", "SLURM_JOB_END_TIME": str(end)})
     assert inside is not None and inside.id == "9" and inside.stop_at == pytest.approx(end - 180, abs=2)
+    assert inside.warned_from == pytest.approx(end - 180 - 60, abs=2)
     array = {"SLURM_JOB_ID": "97", "SLURM_ARRAY_JOB_ID": "95", "SLURM_ARRAY_TASK_ID": "2"}
     found = made.inside({**array, "SLURM_JOB_END_TIME": str(int(time.time()) + 100)})
     assert found is not None and found.id == "95_2" and found.stop_at == pytest.approx(time.time() + 50, abs=2)

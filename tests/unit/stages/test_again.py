@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED
@@ -21,10 +23,26 @@ def test_saved_with_a_step_gained_goes_on() -> None:
     assert verdict(Ended(code=SAVED, began_at=(0, 10), step=11)) == (REPEAT, "")
 
 
-def test_saved_without_a_step_gained_is_not_repeated() -> None:
-    found, why = verdict(Ended(code=SAVED, began_at=(0, 10), step=10))
+def test_a_time_limit_without_a_step_gained_is_not_met_again() -> None:
+    found, why = verdict(Ended(code=SAVED, is_at_limit=True, began_at=(0, 10), step=10))
     assert found == END
-    assert "gained no step" in why
+    assert "its time limit came before a step was gained; `launcher.time` must be" in why
+    assert verdict(Ended(code=SAVED, is_at_limit=True, began_at=(0, 10), step=11)) == (REPEAT, "")
+
+
+def test_a_stop_from_outside_before_a_step_is_repeated_as_often_as_a_fault() -> None:
+    assert verdict(Ended(code=SAVED, began_at=(0, 10, 10), step=10)) == (REPEAT, "")
+    found, why = verdict(Ended(code=SAVED, began_at=(0, 10, 10, 10), step=10))
+    assert found == END
+    assert why.endswith("3 attempts without a step gained (`launcher.retries`)")
+
+
+def test_ranks_that_die_at_a_time_limit_before_they_can_save_are_told_what_to_set() -> None:
+    ended = Ended(code=FAILED, is_fault=True, is_at_limit=True, began_at=(0, 0))
+    assert verdict(ended) == (REPEAT, "")
+    found, why = verdict(dataclasses.replace(ended, began_at=(0, 0, 0)))
+    assert found == END
+    assert "near its time limit: `launcher.time` must be a minute longer" in why
 
 
 def test_a_stop_that_was_asked_for_is_not_repeated() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from pathlib import Path
+
+import pytest
 
 from cpt.base import lock
 from cpt.base.errors import FAILED, SAVED
 from cpt.base.files import read_json, write_json
 from cpt.launch import outcome
-from cpt.plan.types import Job
+from cpt.launch.slurm.options import Slurm
+from cpt.plan.types import Job, to_json
 from cpt.stages import attempt, state
 from tests.unit.stages.plans import plan, stage, train
 
@@ -60,6 +65,20 @@ def test_ranks_that_ended_well_count_though_their_parent_was_killed_behind_them(
     outcome.write_record(one.folder, 0, SAVED)
     assert attempt.finish(one, -9) == SAVED
     assert state.read(one.stage_dir).status == state.SAVED
+
+
+@pytest.mark.parametrize(("left", "word"), [(3600, "repeat"), (-1, "failed")])
+def test_a_stop_without_a_step_is_repeated_unless_the_time_limit_was_near(
+    left: float, word: str, tmp_path: Path
+) -> None:
+    one = begun(tmp_path)
+    one = dataclasses.replace(one, job=dataclasses.replace(one.job, queue_job="7", warned_from=time.time() + left))
+    write_json(one.folder / "job.json", to_json(one.job))
+    outcome.write_record(one.folder, 0, SAVED)
+    assert attempt.finish(one, SAVED) == SAVED
+    assert attempt._word(one, SAVED, Slurm()) == word
+    now = state.read(one.stage_dir)
+    assert (now.status == state.FAILED) == ("`launcher.time` must be" in now.reason) == (word == "failed")
 
 
 def test_a_killed_parent_is_told_where_no_rank_says_anything(tmp_path: Path) -> None:
