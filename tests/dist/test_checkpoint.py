@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpt.base.errors import StageFailed
+from cpt.base.errors import EnvironmentProblem, StageFailed
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import store, verify
 from cpt.checkpoint.manifest import Origin
@@ -354,7 +354,7 @@ def fail_on_one_rank(root: str, asynchronous: bool) -> str:
     try:
         keeper.save(run.engine, progress(2), phase="train")
         keeper.wait()
-    except StageFailed as error:
+    except EnvironmentProblem as error:
         assert time.monotonic() - start < 20
         return error.message
     return "nothing was raised"
@@ -514,7 +514,7 @@ def fill_the_disk(root: str, limit: int) -> tuple[str, list[str]]:
     for step in range(1, 100):
         try:
             keeper.save(run.engine, progress(step), phase="train")
-        except StageFailed as error:
+        except EnvironmentProblem as error:
             return error.message, sorted(os.listdir(os.path.join(root, "checkpoints")))
     return "never full", []
 
@@ -619,6 +619,6 @@ def test_an_export_without_room_is_one_clear_error(tmp_path: Path, monkeypatch: 
 
     run_ranks(Parallel(), stored, LLAMA, Parallel(), str(tmp_path / "iter_0000001"))
     monkeypatch.setattr("os.statvfs", lambda path: type("facts", (), {"f_bavail": 10, "f_frsize": 100})())
-    with pytest.raises(StageFailed, match="not enough disk space for"):
+    with pytest.raises(EnvironmentProblem, match="not enough disk space for"):
         export.to_hf(tmp_path / "iter_0000001", tmp_path / "deep" / "hf")
     assert not (tmp_path / "deep").exists()
