@@ -1,12 +1,13 @@
-# make demo | test | check | bench | golden | setup. Each sets up .venv when it is missing.
+# make demo | test | lint | check | bench | golden | setup. Each sets up .venv when it is missing.
 PYTHON ?= python3
 # A release that pip finds as a CPU build keeps the install small; set TORCH=torch for the newest CUDA build.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+FAST = tests/unit tests/golden tests/test_architecture.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test check bench golden
+.PHONY: setup demo test lint check bench golden
 
 setup: $(VENV)/installed
 
@@ -19,14 +20,18 @@ $(VENV)/installed: pyproject.toml
 demo: setup
 	$(BIN)/cpt run recipe=demo
 
+# Tests that start ranks, clusters and commands need both cores of a small machine for themselves: one after another.
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 $(FAST)
+	$(BIN)/python -m pytest -q $(FAST:%=--ignore=%)
 
-check: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit tests/golden tests/test_architecture.py
+
+check: lint
+	$(BIN)/python -m pytest -q -n 2 $(FAST)
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -30,7 +30,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.convert import llama, random_content
+from benchmarks.convert import ENV, llama, random_content
 from benchmarks.kill_resume import ROOT
 from cpt.checkpoint.formats import Writing
 from cpt.plan.types import ModelConfig
@@ -41,7 +41,6 @@ DIRECTIONS = (
     ("torch_dist", "hf", ("--to", "hf")),
 )
 SEVERAL = 4  # kills of one conversion
-_ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
 
@@ -69,7 +68,7 @@ def run(command: list[str], seconds: float | None = None) -> tuple[Cost, bool]:
     """Run a command, for at most so long before its process group is killed; what it took, whether it ended."""
     start, before = time.perf_counter(), _cpu()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=_ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         text, _ = process.communicate(timeout=seconds)
