@@ -85,7 +85,7 @@ class Slurm(Batch):
         requeue: the cluster lets jobs go back to its queue
         successors: further jobs of a stage that wait for it to end unfinished, where `requeue` is false
         max_attempts: most attempts at a stage
-        retries: most attempts in a row that a fault of the machine ended without a step gained
+        retries: most attempts in a row that a fault of the machine or a preemption ended without a step gained
         array_limit: most proxies of a law that run at once
         template: Jinja template of your own, instead of the one that comes with `cpt`
         hang_after: no rank gains anything for so long: the attempt is ended, and the stacks are kept; 0 = never
