@@ -5,7 +5,7 @@ One event a line: `{"t": unix seconds, "kind": ..., ...}`. Kinds written by a st
     stage_start  stage, attempt, step, tokens, steps, world_size, tp, pp, dp, parent, resumed (bool)
     step         step (completed steps), tokens (of the stage so far), loss, lr, grad_norm, tokens_per_s, step_s,
                  losses {source: nats/token}, given {source: tokens so far}, skipped (why, when the update was skipped),
-                 memory_bytes (of rank 0 at its highest)
+                 left_out (step of the spike, when a rollback left it out), memory_bytes (of rank 0 at its highest)
     eval         step, tokens, when (start | during | end), losses {source: {loss [nats/token], bpb [bits/byte],
                  tokens, bytes, stderr [nats/token]}}, seconds; of a weight average also mixture {source: share}, its
                  step the number of the candidate
@@ -33,6 +33,8 @@ from typing import Any
 from cpt.base.files import append_line, read_lines
 
 Event = dict[str, Any]
+
+HAPPENED = ("warning", "note")  # kinds of what has happened, whatever comes after it
 
 
 class EventLog:
@@ -64,7 +66,8 @@ class EventLog:
 
 
 def stage_events(stage_dir: str | os.PathLike[str]) -> Iterator[Event]:
-    """Events of all attempts of a stage as one history: a later attempt replaces steps past its start.
+    """Events of all attempts of a stage as one history: a later attempt replaces steps past its start. What a person
+    was told of them stays.
 
     Each event gains `attempt`.
     """
@@ -80,6 +83,6 @@ def stage_events(stage_dir: str | os.PathLike[str]) -> Iterator[Event]:
         cut = min(later) if later else None
         for event in events:
             step = event.get("step")
-            if cut is not None and step is not None and step > cut:
+            if cut is not None and step is not None and step > cut and event.get("kind") not in HAPPENED:
                 continue
             yield {**event, "attempt": number}

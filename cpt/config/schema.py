@@ -126,10 +126,16 @@ ANOMALIES = Section(
     "what is done about a NaN or a loss spike; the step is named in any case",
     {
         "nan": Key(kinds.choice("skip", "stop"), "skip the update, or stop the run", "skip"),
-        "spike": Key(kinds.choice("warn", "skip", "stop", "rollback"), "what a spike leads to", "warn"),
+        "spike": Key(
+            kinds.choice("warn", "skip", "stop", "rollback"),
+            "warn, skip the update, stop the run, or go back without the samples of the last `window` updates",
+            "warn",
+        ),
         "spike_factor": Key(kinds.number(above=1), "a spike is a loss above this many times the running mean", 3.0),
         "window": Key(kinds.integer(2, unit="steps"), "steps of the running mean", 50),
-        "max_skips": Key(kinds.integer(1, unit="steps"), "more skipped steps in a row stop the run", 10),
+        "max_skips": Key(
+            kinds.integer(1, unit="steps"), "more skipped steps in a row, or more rollbacks, stop the run", 10
+        ),
     },
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cpt.plan.types import Anomalies
 
@@ -31,6 +31,29 @@ def judge(loss: float, history: Sequence[float], rules: Anomalies) -> tuple[str,
     if loss > rules.spike_factor * mean:
         return rules.spike, f"the loss is {loss:.4g}, {loss / mean:.1f} times the mean of the last {len(window)} steps"
     return UPDATE, ""
+
+
+def roll_back(step: int, checkpoints: Collection[int], left_out: Collection[int], window: int) -> tuple[int, int]:
+    """Where to go back to after a spike, and from where on samples are left out.
+
+    A loss is known before its own update, so that what led to a spike are updates before it: with the samples of the
+    spike alone left out the next step would have the same weights and spike as well. Therefore back to a checkpoint
+    that has not seen at least the last update, and without the samples of the last `window` updates. Where that was
+    not enough, the next spike undoes at least one update more.
+
+    Args:
+        step: whose loss is the spike, counted from 0.
+        checkpoints: steps of the stage's whole checkpoints.
+        left_out: steps without an update, from rollbacks before.
+        window: updates to leave out, at most [steps].
+
+    Returns:
+        (step of the checkpoint, 0 = the stage's start; first step whose samples are left out).
+    """
+    made = [s for s in range(step) if s not in left_out]
+    last = made[-1] if made else 0
+    back = max((c for c in checkpoints if c <= last), default=0)
+    return back, next((s for s in made[-window:] if s >= back), step)
 
 
 def judge_grad_norm(grad_norm: float, rules: Anomalies) -> tuple[str, str]:

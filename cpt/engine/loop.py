@@ -52,7 +52,7 @@ class Loop:
         stop: the stop flag, installed.
         dp_rank: number of this rank's model copy.
         methods: hooks, in the order of the plan.
-        skip_steps: steps whose samples are left out (after a rollback), with the reason.
+        skip_steps: steps whose samples are left out, with the step from which the run was rolled back.
         keep_steps: steps that must leave a checkpoint for a later stage.
         imported: the weights come from outside and have not been trained here yet.
     """
@@ -70,7 +70,7 @@ class Loop:
         stop: StopFlag,
         dp_rank: int,
         methods: Sequence[Method] = (),
-        skip_steps: Mapping[int, str] | None = None,
+        skip_steps: Mapping[int, int] | None = None,
         keep_steps: Sequence[int] = (),
         imported: bool = False,
     ) -> None:
@@ -185,7 +185,7 @@ class Loop:
         start = time.monotonic()
         if step in self.skip_steps:
             self.stream.skip()
-            self._count(step, loss=None, losses={}, norm=None, why=self.skip_steps[step])
+            self._count(step, loss=None, losses={}, norm=None, left_out=self.skip_steps[step])
             return anomalies.SKIP
         self._set_weights(step)
         loss, by_source = self._forward_backward()
@@ -204,7 +204,6 @@ class Loop:
             raise StageFailed(f"step {step + 1}: {why}", "`train.anomalies` says what is done about it")
         if verdict == anomalies.ROLLBACK:
             self.rollback_step, self.rollback_reason = step, why
-            self.report("warning", step=step + 1, text=f"step {step + 1}: {why}; rolled back")
             return verdict
         skipped = verdict == anomalies.SKIP
         if not skipped:
@@ -271,8 +270,14 @@ class Loop:
         norm: float | None,
         why: str = "",
         skipped: bool = True,
+        left_out: int | None = None,
     ) -> None:
-        """Book a step and report it."""
+        """Book a step and report it.
+
+        Args:
+            why: something was wrong with it.
+            left_out: not made after a rollback from this step, which was told then.
+        """
         progress, train = self.progress, self.train
         progress.step += 1
         progress.run_step += 1
@@ -286,6 +291,8 @@ class Loop:
         if why:
             done = "the update was skipped" if skipped else "the update was made"
             self.report("warning", step=progress.step, text=f"step {progress.step}: {why}; {done}")
+        if left_out is not None:
+            why = f"left out after a rollback from step {left_out}"
         if progress.step % train.log_every == 0 or progress.step in (1, train.steps) or why:
             now = time.monotonic()
             seconds = max(now - self._since, 1e-9) / self._steps_since
@@ -303,8 +310,10 @@ class Loop:
                 given=self.stream.given,
                 memory_bytes=_memory(),
                 **({"skipped": why} if skipped else {}),
+                **({"left_out": left_out} if left_out is not None else {}),
             )
-        self._count_skips(skipped, why)
+        if left_out is None:
+            self._count_skips(skipped, why)
 
     def _count_skips(self, skipped: bool, why: str) -> None:
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cpt.base.events import Event
+from cpt.base.files import read_json
 from cpt.evaluate import Account
 from cpt.plan.types import StagePlan, Train
 from cpt.report import law_outcome, show
 from cpt.report.history import RunHistory
+from cpt.stages.attempt import attempts
 from cpt.stages.guard import guard_text
+from cpt.stages.state import State
 
 REPLAY = " (replay)"
 MOST_MATTERS = 200
@@ -183,17 +188,28 @@ def time_rows(run: RunHistory) -> list[dict[str, Any]]:
 
 
 def matters(run: RunHistory) -> list[dict[str, str]]:
-    """Warnings, skipped updates, stops, resumes, guards and failures, in order; the newest when there are very many."""
+    """Warnings, notes, skipped updates, stops, resumes, guards and failures, in order; the newest when there are very
+    many.
+    """
     found: list[tuple[float, dict[str, str]]] = []
     for stage, events in run.events.items():
         warned = {event.get("step") for event in events if event.get("kind") == "warning"}
+        told: set[tuple[str, ...]] = set()  # a step that is made again is warned of again
         for event in events:
             text = _matter(event)
-            # A skipped update is warned of already; the bare mark counts where there was no warning.
-            if text is not None and not (text["what"] == "skipped" and event.get("step") in warned):
-                t = event.get("t")
-                found.append((float(t) if isinstance(t, int | float) else 0.0, {"stage": stage, **text}))
+            if text is None or tuple(text.values()) in told:
+                continue
+            # A skipped update, or the steps that a rollback left out, are warned of already; the bare mark counts where
+            # there was no warning.
+            if text["what"] == "skipped" and event.get("left_out", event.get("step")) in warned:
+                continue
+            if text["what"] == "note" and run.plan.stages[stage].kind == "law":
+                continue  # the law has a part of the page
+            told.add(tuple(text.values()))
+            t = event.get("t")
+            found.append((float(t) if isinstance(t, int | float) else 0.0, {"stage": stage, **text}))
     for stage, state in run.states.items():
+        found += _ended_attempts(stage, run.homes[stage], state)
         if state.status == "failed":
             found.append((state.updated, {"stage": stage, "what": "failed", "text": state.reason, "step": ""}))
     said = {(row["stage"], row["text"]) for _, row in found}  # a law's stage has logged its strong warnings itself
@@ -202,11 +218,25 @@ def matters(run: RunHistory) -> list[dict[str, str]]:
     return [{**row, "t": show.moment(t) if t else ""} for t, row in found[-MOST_MATTERS:]]
 
 
+def _ended_attempts(stage: str, home: Path, state: State) -> Iterator[tuple[float, dict[str, str]]]:
+    """Attempts that failed and were followed by another one, or left something to go on from."""
+    for folder in attempts(home):
+        number = folder.name.removeprefix("attempt_")
+        path = folder / "failure.json"
+        if state.status == "failed" and int(number) == state.attempt:
+            continue  # the stage's own failure
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            failure = read_json(path)
+            at = failure.get("step")
+            row = {"stage": stage, "what": "failed", "step": f"{at:,}" if isinstance(at, int) else ""}
+            yield path.stat().st_mtime, {**row, "text": show.plain(f"attempt {number}: {failure.get('error', '')}")}
+
+
 def _matter(event: Event) -> dict[str, str] | None:
     kind, step = event.get("kind"), event.get("step")
     at = f"{step:,}" if isinstance(step, int) else ""
-    if kind == "warning":
-        return {"what": "warning", "step": at, "text": show.plain(event.get("text", ""))}
+    if kind in ("warning", "note"):
+        return {"what": kind, "step": at, "text": show.plain(event.get("text", ""))}
     if kind == "step" and event.get("skipped"):
         return {"what": "skipped", "step": at, "text": show.plain(event["skipped"])}
     if kind == "stop":

@@ -12,6 +12,7 @@ from typing import Any
 from cpt.base import lock
 from cpt.base.errors import CptError
 from cpt.base.events import Event
+from cpt.base.files import read_json
 from cpt.launch import batch, launcher_of
 from cpt.launch.batch import Batch, JobState, Sent
 from cpt.plan.types import RunPlan
@@ -23,6 +24,7 @@ from cpt.stages import send, state
 from cpt.stages.attempt import attempts, read_plan
 
 QUEUED, STUCK, STARTING, DEAD, CANCELLED = "queued", "stuck", "starting", "dead", "cancelled"
+MOST_WARNINGS = 3  # shown of a stage
 TAIL_BYTES = 256 * 1024  # of each event file: some hundred steps
 
 
@@ -49,6 +51,8 @@ class StageStatus:
     losses: Mapping[str, float] = field(default_factory=dict)  # newest validation losses, by source [nats/token]
     group: str | None = None  # the law stage that it is a proxy of
     job: JobState | None = None  # what the queue says about its job
+    warnings: tuple[str, ...] = ()  # and notes of its newest attempt while it is not done, newest last
+    before: str | None = None  # what the attempt before this one failed with, while it is not done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +156,11 @@ def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[S
     own = run / "stages" / name
     said = state.read(own)
     now = StageNow(plan=plan.stages[name])
+    warned: dict[str, None] = {}
     for event in newest_events(state.home(own)):
         now.take(event)
+        if event.get("kind") in ("warning", "note"):
+            warned[_warning(event)] = None
     holder = lock.live_holder(own) if own.is_dir() else None
     train = plan.stages[name].train
     done = said.status == state.DONE
@@ -180,7 +187,21 @@ def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[S
         losses=dict(now.losses),
         group=plan.stages[name].group,
         job=job,
+        warnings=() if done else tuple(warned),
+        before=None if done else _failure(own / f"attempt_{said.attempt - 1}"),
     ), now
+
+
+def _failure(attempt_dir: Path) -> str | None:
+    try:
+        return str(read_json(attempt_dir / "failure.json")["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _warning(event: Event) -> str:
+    kind, text, step = event.get("kind"), str(event.get("text", "")), event.get("step")
+    return f"{kind}: {text}" if not step or f"step {step}" in text else f"{kind}: at step {step}: {text}"
 
 
 def newest_events(home: Path) -> Iterator[Event]:
@@ -354,6 +375,11 @@ def status_text(status: RunStatus, now: float) -> str:
         if s.status == DEAD:
             again = f"`cpt resume {show.plain(status.name)}` goes on from its checkpoint"
             notes.append(f"{name}: nobody works on it any more; {again}")
+        if s.before:
+            notes.append(f"{name}: attempt {s.attempt - 1} ended: {show.plain(s.before)}")
+        notes += [f"{name}: {show.plain(text)}" for text in s.warnings[-MOST_WARNINGS:]]
+        if (older := len(s.warnings) - MOST_WARNINGS) > 0:
+            notes.append(f"{name}: {older} older warning{'s' if older > 1 else ''}: `cpt report` shows all")
         if s.reason:
             notes.append(f"{name}: {show.plain(s.reason)}")
     if status.wandb:

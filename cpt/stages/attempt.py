@@ -22,6 +22,7 @@ from typing import Any
 
 from cpt.base import lock
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
+from cpt.base.events import EventLog
 from cpt.base.files import read_json, write_json
 from cpt.checkpoint import store
 from cpt.launch import Launcher, Work, batch, launcher_of, outcome
@@ -139,6 +140,9 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
             queue_job=inside.id if inside else None,
         )
         write_json(attempt_dir / "job.json", to_json(job))
+        log = EventLog(attempt_dir / "events.jsonl")
+        for text in notes:
+            log.write("note", text=text)
         step = int(resume.name.removeprefix("iter_")) if resume else 0
         state.write(
             folder,

@@ -433,8 +433,6 @@ class _Stages:
         assert isinstance(self.launcher, Direct)
         holder = lock.holder_of(os.getpid(), self.again)
         attempt = attempts.begin(self.run_dir, stage.name, holder)
-        for text in attempt.notes:
-            self.diary.note(text)
         record.write_environment(attempt.folder, self.environment)
         launch = self._launch(attempt)
         killed = False

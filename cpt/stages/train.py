@@ -2,7 +2,7 @@
 
 1. join the other ranks, build the engine in the stage's layout
 2. take weights and whatever else is kept: from the stage's own newest checkpoint, else from its parent
-3. `engine.loop` until the end, a stop, a guard or a rollback (then back to 2, leaving the bad step's samples out)
+3. `engine.loop` until the end, a stop, a guard or a rollback (then back to 2, leaving out the samples that led there)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cpt.engine.ports import Engine, Progress, Reporter
     from cpt.engine.signals import StopFlag
 
-SKIPS = "skip_steps.json"  # of a stage: steps whose samples are left out after a rollback, with the reason
+SKIPS = "skip_steps.json"  # of a stage: steps (from 0) whose samples are left out, and the step of the spike behind
 
 
 @STAGES.add("train")
@@ -68,12 +68,13 @@ class _Rank:
         self.report = reporter(self.stage_dir / f"attempt_{job.attempt}" / "events.jsonl", rank)
         self.corpora = {name: Corpus.open(folder) for name, folder in job.corpora.items()}
         self.store = self._open_store()
+        self.skips = _read_skips(self.stage_dir)
 
     def run(self) -> int:
         """Train until something ends it."""
         outcome = self._loop(self.job.resume, first=True)
         while outcome == "rollback":
-            newest = self.store.newest_whole()
+            newest = self.store.newest_whole()  # all that are newer than where it goes back to are gone
             outcome = self._loop(str(newest) if newest else None, first=False)
         return {"done": DONE, "saved": SAVED, "guard": GUARD}[outcome]
 
@@ -100,8 +101,9 @@ class _Rank:
         )
 
     def _loop(self, resume: str | None, *, first: bool) -> str:
-        """Build, load and train; on a rollback note the step that is to be left out."""
+        """Build, load and train; on a rollback prepare the next turn."""
         from cpt import schedules
+        from cpt.checkpoint.ranks import Ranks
         from cpt.data.stream import Stream
         from cpt.engine import distributed, megatron
         from cpt.engine.loop import Loop
@@ -118,7 +120,6 @@ class _Rank:
             seed=train.seed,
         )
         progress = self._load(engine, resume)
-        skips = _read_skips(self.stage_dir)
         methods = _make_methods(train, progress)
         for method in methods:
             method.start(engine, train)
@@ -136,22 +137,15 @@ class _Rank:
             stop=self.stop,
             dp_rank=distributed.dp_rank(),
             methods=methods,
-            skip_steps=skips,
+            skip_steps=self.skips,
             keep_steps=self.stage.keep_steps,
             imported=self._is_imported() and resume is None,
         )
         started = self.report.clock()
         outcome = loop.run()
         if outcome == "rollback":
-            if len(skips) >= train.anomalies.max_skips:
-                raise StageFailed(
-                    f"step {loop.rollback_step + 1}: {loop.rollback_reason}; {len(skips)} steps were left out already",
-                    "a lower lr, or a look at the data around these steps, is the usual cure",
-                )
-            skips[loop.rollback_step] = f"left out after a rollback: {loop.rollback_reason}"
-            if self.rank == 0:
-                write_json(self.stage_dir / SKIPS, {str(step): why for step, why in skips.items()})
-            distributed.barrier()
+            step, why = loop.rollback_step, loop.rollback_reason
+            self.skips = Ranks().on_first(lambda: self._roll_back(step, why))
         elif outcome == "done":
             self.report(
                 "stage_end",
@@ -163,6 +157,37 @@ class _Rank:
         del loop, engine
         gc.collect()
         return outcome
+
+    def _roll_back(self, step: int, reason: str) -> dict[int, int]:
+        """Steps that are left out from now on; checkpoints with weights that are not wanted are removed.
+
+        Args:
+            step: whose loss is a spike, counted from 0.
+        """
+        from cpt.checkpoint import store
+        from cpt.engine import anomalies
+
+        rules, skips = self.train.anomalies, dict(self.skips)
+        times = len(set(skips.values()))
+        if times >= rules.max_skips:
+            raise StageFailed(
+                f"step {step + 1}: {reason}; the run was rolled back {times} times already",
+                "a lower lr, or a look at the data around these steps, is the usual cure",
+            )
+        there = dict(store.steps(self.stage_dir / "checkpoints"))
+        whole = [s for s, folder in there.items() if store.is_whole(folder)]
+        back, first = anomalies.roll_back(step, whole, skips, rules.window)
+        if self.job.fence is not None:
+            Fence(self.stage_dir, self.job.fence).check()
+        # First these: whoever is killed here goes on from the same checkpoint, meets the same spike and does the same.
+        for newer in sorted((s for s in there if s > back), reverse=True):
+            store.remove(there[newer])
+        skips = dict.fromkeys(range(first, step + 1), step + 1) | skips
+        write_json(self.stage_dir / SKIPS, {str(s): spike for s, spike in sorted(skips.items())})
+        samples = f"step {step + 1}" if first == step else f"steps {first + 1} to {step + 1}"
+        text = f"step {step + 1}: {reason}; back to step {back}, without the samples of {samples}"
+        self.report("warning", step=step + 1, text=text)
+        return skips
 
     def _is_imported(self) -> bool:
         """Whether the weights came from another program's checkpoint, as it was or converted."""
@@ -268,8 +293,8 @@ def _make_methods(train: Train, progress: Progress) -> list[Any]:
     return methods
 
 
-def _read_skips(stage_dir: Path) -> dict[int, str]:
+def _read_skips(stage_dir: Path) -> dict[int, int]:
     try:
-        return {int(step): str(why) for step, why in read_json(stage_dir / SKIPS).items()}
+        return {int(step): int(spike) for step, spike in read_json(stage_dir / SKIPS).items()}
     except FileNotFoundError:
         return {}

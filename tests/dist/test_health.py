@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,13 @@ from tests.dist.small_run import BATCH, SEQ, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREVER = 100_000  # steps
+# Data comes from a slow disk.
+SLOW_DATA = """
+import time
+from cpt.data.stream import Stream
+batch = Stream.batch
+Stream.batch = lambda *given: time.sleep(0.05) or batch(*given)
+"""
 # As `python -m cpt.worker`, with the methods of the tests.
 WORKER = "import sys, tests.dist.small_run; from cpt.worker import main; sys.exit(main(sys.argv[1:]))"
 
@@ -82,6 +90,7 @@ def start(prepared: SmallRun, tmp_path: Path) -> Iterator[Start]:
         alone: bool = False,
         environ: Mapping[str, str] | None = None,
         job: Mapping[str, Any] | None = None,
+        first: str = "",
         **changes: Any,
     ) -> Started:
         plain: dict[str, Any] = {
@@ -96,7 +105,7 @@ def start(prepared: SmallRun, tmp_path: Path) -> Iterator[Start]:
         (attempt_dir / "logs").mkdir()
         write_json(attempt_dir / "job.json", to_json(made))
         common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
-        words = [sys.executable, "-c", WORKER]
+        words = [sys.executable, "-c", f"{first}\n{WORKER}"]
         job_path = str(attempt_dir / "job.json")
         orders = [([*words, "--ranks", str(ranks), job_path], common)]
         if alone:
@@ -160,6 +169,13 @@ def test_a_rank_that_is_slow_is_told_and_one_that_is_stuck_shows_where(start: St
     assert "small_run.py" not in (run.attempt_dir / "stacks" / "rank_0000.txt").read_text()
     texts = [e["text"] for e in run.events("warning")]
     assert len(texts) == 1 and texts[0].startswith("rank 1 on") and "is slow" in texts[0]
+
+
+def test_a_rank_that_waits_for_its_data_is_told(start: Start) -> None:
+    run = start(1, alone=True, environ={"CPT_HANG_AFTER": "4"}, first=SLOW_DATA)
+    run.wait_until(lambda: run.events("warning"))
+    text = run.events("warning")[0]["text"]
+    assert re.match(r"rank 0 on `.*` waits for data \d\d% of the time: ", text), text
 
 
 @pytest.mark.parametrize("how", ["signal", "time", "file"])

@@ -11,7 +11,7 @@ import torch
 
 from cpt.base.errors import DONE, GUARD, SAVED
 from cpt.checkpoint import store
-from cpt.engine.anomalies import judge, judge_grad_norm
+from cpt.engine.anomalies import judge, judge_grad_norm, roll_back
 from cpt.plan.types import Anomalies, Evaluate, Parallel, Saving, StopIf
 from tests.dist.ranks import RankFailed, run_ranks
 from tests.dist.small_run import BATCH, MODEL, SEQ, STEPS, SmallRun, weights, work
@@ -88,21 +88,46 @@ def test_a_nan_stops_the_run_where_the_rule_says_so(prepared: SmallRun, tmp_path
         run_ranks(2, work, run.job(train))
 
 
-def test_a_spike_rolls_back_and_leaves_the_step_out(prepared: SmallRun, straight: SmallRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad_update", "back"),
+    [(10, 9), pytest.param(8, 6, id="the newest checkpoint has the bad update too")],
+)
+def test_a_spike_rolls_back_behind_the_updates_that_led_there(
+    prepared: SmallRun, straight: SmallRun, tmp_path: Path, bad_update: int, back: int
+) -> None:
+    """The weights are blown up by an update, each time it is made: the loss of the step behind it is the spike."""
     run = prepared.copy(tmp_path / "run")
-    marker = tmp_path / "blown_up"
     train = run.train(
-        methods={"test_sabotage": {"what": "blow_up", "step": 10, "once": str(marker)}},
-        anomalies=Anomalies(spike="rollback", spike_factor=1.5),
+        steps=15,
+        tokens=15 * BATCH * SEQ,
+        methods={"test_sabotage": {"what": "blow_up", "step": bad_update}},
+        anomalies=Anomalies(spike="rollback", spike_factor=1.5, window=5),
     )
     job = run.job(train)
     assert run_ranks(2, work, job) == [DONE, DONE]
-    assert marker.exists()
+    spike = bad_update + 2
     steps = run.events(job, "step")
-    assert [e["step"] for e in steps] == [*range(1, 12), 10, 11, 12]  # back to the checkpoint of step 9
-    assert "left out after a rollback" in steps[-1]["skipped"]
-    same = [e["loss"] for e in steps if e["step"] == 10]
-    assert same[0] == same[1]
+    assert [e["step"] for e in steps] == [*range(1, spike), *range(back + 1, 16)]
+    left_out = [e["step"] for e in steps if "skipped" in e]
+    assert left_out == [*range(back + 1, spike + 1)]
+    (warning,) = run.events(job, "warning")
+    assert f"; back to step {back}, without the samples of steps {back + 1} to {spike}" in warning["text"]
+    assert all(e["loss"] < 1.5 * steps[0]["loss"] for e in steps[-(15 - spike) :])
+    # From the checkpoint on nothing was changed until step `back`: the first losses are those of a run without a fault.
+    plain = [e["loss"] for e in straight.events(replace(job, attempt=1), "step")]
+    assert [e["loss"] for e in steps[:back]] == plain[:back]
+    found, _ = store.newest_whole(checkpoint(run).parent)
+    assert found is not None and found.name == store.folder_name(15)
+
+
+def test_where_a_rollback_goes() -> None:
+    saved = (10, 20, 30)
+    assert roll_back(35, saved, (), window=50) == (30, 30)
+    assert roll_back(35, saved, (), window=3) == (30, 32), "what came before is made again"
+    assert roll_back(30, saved, (), window=50) == (20, 20), "the checkpoint has every update that came before"
+    assert roll_back(36, saved, range(30, 36), window=50) == (20, 20), "nothing was changed since"
+    assert roll_back(12, (), (), window=5) == (0, 7)
+    assert roll_back(5, (), range(5), window=5) == (0, 5), "there is nothing to undo"
 
 
 def test_a_guard_ends_the_stage_and_the_same_command_ends_there_again(prepared: SmallRun, tmp_path: Path) -> None:

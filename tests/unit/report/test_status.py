@@ -1,5 +1,6 @@
 """`cpt status` from what lies on disk."""
 
+import dataclasses
 import json
 import os
 
@@ -7,8 +8,12 @@ import pytest
 
 from cpt.base import lock
 from cpt.base.errors import UsageError
+from cpt.base.events import EventLog
+from cpt.base.files import write_json
+from cpt.report import wandb
 from cpt.report.runs import find_run
 from cpt.report.status import read_status, status_json, status_text, tail
+from cpt.stages import state
 from tests import made_run
 
 
@@ -41,6 +46,45 @@ def test_a_running_stage_names_who_works_on_it_and_how_long_it_takes(tmp_path):
         assert "left    about 75 s" in text and "domain  running   45/120" in text
     finally:
         held.release()
+
+
+def test_the_newest_warnings_of_a_stage_that_is_not_done_are_told(tmp_path):
+    run = made_run.make(tmp_path, until=("domain", 45))
+    log = EventLog(run / "stages" / "domain" / "attempt_1" / "events.jsonl")
+    for step in (41, 42, 43, 44):
+        log.write("warning", step=step, text=f"step {step}: the loss is nan; the update was skipped")
+    log.write("warning", step=45, text="rank 1 on `node` is slow")
+    log.write("warning", step=45, text="rank 1 on `node` is slow")
+    text = status_text(read_status(run), made_run.START)
+    told = [line for line in text.splitlines() if line.startswith("domain: ") and "warning" in line]
+    assert told == [
+        "domain: warning: step 43: the loss is nan; the update was skipped",
+        "domain: warning: step 44: the loss is nan; the update was skipped",
+        "domain: warning: at step 45: rank 1 on `node` is slow",
+        "domain: 3 older warnings: `cpt report` shows all",
+    ]
+    done = made_run.make(tmp_path / "done")
+    EventLog(done / "stages" / "base" / "attempt_1" / "events.jsonl").write("warning", step=1, text="long ago")
+    assert "long ago" not in status_text(read_status(done), made_run.START)
+
+
+def test_why_there_is_a_second_attempt_is_told(tmp_path):
+    run = made_run.make(tmp_path, until=("domain", 45))
+    stage = run / "stages" / "domain"
+    write_json(stage / "attempt_1" / "failure.json", {"error": "nothing has moved for 30 min"})
+    (stage / "attempt_2").mkdir()
+    state.write(stage, dataclasses.replace(state.read(stage), attempt=2))
+    assert "domain: attempt 1 ended: nothing has moved for 30 min" in status_text(read_status(run), made_run.START)
+
+
+def test_what_is_not_at_wandb_is_told(tmp_path):
+    run = made_run.make(tmp_path)
+    assert "wandb failed" not in status_text(read_status(run), made_run.START)
+    wandb.write_state(run / wandb.FOLDER, id="a", problem="no key")
+    text = status_text(read_status(run), made_run.START)
+    assert text.endswith(
+        "wandb failed: no key; the run does not depend on it, `cpt sync demo-7c1e92` sends it later\n"
+    ), text
 
 
 def test_status_is_strict_json(tmp_path):
