@@ -120,7 +120,15 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
         resume, skipped = store.newest_good(folder / "checkpoints")
         notes += [f"checkpoint `{path}` is passed over: {why}" for path, why in skipped]
         if resume is None and start == "native" and parent is not None:
-            parents.refuse_damaged(stage, parent)
+            try:
+                parents.refuse_damaged(plan, stage, parent, run_dir)
+            except UsageError as error:
+                if inside is not None:  # nobody sees what a job prints
+                    reason = f"{error.message}; {error.hints[0]}"
+                    state.write(
+                        folder, dataclasses.replace(old, status=state.FAILED, reason=reason, updated=time.time())
+                    )
+                raise
         number = max([old.attempt, *(int(p.name.removeprefix("attempt_")) for p in attempts(folder))]) + 1
         attempt_dir = folder / f"attempt_{number}"
         (attempt_dir / "logs").mkdir(parents=True)

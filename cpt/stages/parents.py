@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cpt.base.errors import UsageError
@@ -54,25 +55,46 @@ def _of_stage(plan: RunPlan, stage: StagePlan, parent: StagePlan, run_dir: Path)
         return "native", newest
     fork = folder / "checkpoints" / store.folder_name(step)
     if why := manifest.why_not_whole(fork):
-        steps = ", ".join(f"{n:,}" for n, path in store.steps(folder / "checkpoints") if store.is_whole(path))
         raise UsageError(
             f"stage `{stage.name}` starts from `{parent.name}@{stage.parent_at}`, but `{fork}` cannot be used: {why}",
-            f"whole checkpoints of `{parent.name}` are at steps {steps or 'none'}",
+            _other_steps(stage, fork),
         )
     return "native", fork
 
 
-def refuse_damaged(stage: StagePlan, folder: Path) -> None:
+def refuse_damaged(plan: RunPlan, stage: StagePlan, folder: Path, run_dir: Path) -> None:
     """Refuse to start a stage from one of our checkpoints whose bytes are not those that were written. Reads them all.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: naming the file, and the command that mends it.
     """
-    if (folder / manifest.NAME).is_file() and (why := store.why_damaged(folder)):
-        raise UsageError(
-            f"stage `{stage.name}` starts from `{folder}`, which is damaged: {why}",
-            "where a stage of this run has written it, `cpt resume` writes it again",
-        )
+    if not (folder / manifest.NAME).is_file() or not (why := store.why_damaged(folder)):
+        return
+    resume = f"`cpt resume {run_dir}`"
+    if stage.parent not in plan.stages:
+        hints = [f"`cpt ckpt verify {folder}` names every damaged file; copy it again, or take another `from`"]
+    elif stage.parent_at is None:
+        hints = [f"{resume} makes it again from the checkpoint before it, and goes on"]
+    else:
+        newer = [path for _, path in store.steps(folder.parent) if path.name >= folder.name]
+        hints = [
+            f"`rm -r {shlex.join(map(str, newer))}`, then {resume}, makes it again from the checkpoint before it",
+            _other_steps(stage, folder),
+        ]
+    raise UsageError(f"stage `{stage.name}` starts from `{folder}`, which is damaged: {why}", *hints)
+
+
+def _other_steps(stage: StagePlan, fork: Path) -> str:
+    """Which other steps of its parent a stage could start from."""
+    steps = [n for n, path in store.steps(fork.parent) if path != fork and store.is_whole(path)]
+    if not steps:
+        return f"`{stage.parent}` has no other whole checkpoint"
+    shown = ", ".join(f"{n:,}" for n in steps)
+    near = min(steps, key=lambda n: abs(n - int(fork.name.removeprefix("iter_"))))
+    return (
+        f"whole checkpoints of `{stage.parent}` are at steps {shown}: "
+        f"`stages.{stage.name}.from={stage.parent}@{near}` takes another one"
+    )
 
 
 def fork_step(parent: StagePlan, at: int | str | None) -> int | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpt.base import lock
 from cpt.base.errors import UsageError
+from cpt.base.files import write_json
 from cpt.checkpoint import manifest
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
-from cpt.plan.types import ModelConfig, Parallel
-from cpt.stages import parents, state
+from cpt.launch.batch import Inside
+from cpt.plan.types import ModelConfig, Parallel, to_json
+from cpt.stages import attempt, parents, state
 from cpt.stages.state import State
 from tests.unit.stages.plans import plan, stage
 
@@ -54,8 +59,40 @@ def test_other_bytes_than_were_written_are_found_when_they_are_read(tmp_path: Pa
     end = checkpoint(folder, 100, "end")
     assert parents.missing_result(TWO[0], folder) is None
     assert "`data`" in str(parents.missing_result(TWO[0], folder, deep=True))
-    with pytest.raises(UsageError, match="which is damaged: `data`"):
-        parents.refuse_damaged(TWO[1], end)
+    with pytest.raises(UsageError, match="which is damaged: `data`") as error:
+        parents.refuse_damaged(plan(*TWO), TWO[1], end, tmp_path)
+    assert error.value.hints[0].startswith(f"`cpt resume {tmp_path}` makes it again")
+
+
+@pytest.mark.parametrize(("inside", "status"), [(None, state.PENDING), (Inside(id="7"), state.FAILED)])
+def test_a_job_leaves_a_damaged_parent_where_status_finds_it(
+    tmp_path: Path, inside: Inside | None, status: str
+) -> None:
+    checkpoint(done(tmp_path, "domain"), 100, "end")
+    write_json(tmp_path / "plan.json", to_json(plan(*TWO)))
+    with pytest.raises(UsageError, match="which is damaged"):
+        attempt.begin(tmp_path, "anneal", lock.holder_of(os.getpid(), "a test"), inside)
+    child = tmp_path / "stages" / "anneal"
+    found = state.read(child)
+    assert found.status == status
+    assert (f"`cpt resume {tmp_path}` makes it again" in found.reason) == (inside is not None)
+    assert lock.read_holder(child) is None and attempt.attempts(child) == []
+
+
+def test_a_damaged_checkpoint_that_is_no_end_of_a_stage_says_what_mends_it(tmp_path: Path) -> None:
+    folder = done(tmp_path, "domain")
+    first, fork, end = checkpoint(folder, 25), checkpoint(folder, 50), checkpoint(folder, 100, "end")
+    child = dataclasses.replace(TWO[1], parent_at=50)
+    with pytest.raises(UsageError) as error:
+        parents.refuse_damaged(plan(TWO[0], child), child, fork, tmp_path)
+    assert error.value.hints == (
+        f"`rm -r {fork} {end}`, then `cpt resume {tmp_path}`, makes it again from the checkpoint before it",
+        "whole checkpoints of `domain` are at steps 25, 100: `stages.anneal.from=domain@25` takes another one",
+    )
+    outside = dataclasses.replace(child, parent=str(first))
+    with pytest.raises(UsageError) as error:
+        parents.refuse_damaged(plan(TWO[0], outside), outside, first, tmp_path)
+    assert error.value.hints[0].startswith(f"`cpt ckpt verify {first}` names every damaged file")
 
 
 TWO = (stage("domain"), stage("anneal", "domain"))
