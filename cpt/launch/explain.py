@@ -32,7 +32,7 @@ def explain(error: BaseException) -> dict[str, Any]:
 def _named(error: BaseException) -> dict[str, Any]:
     texts = [f"{one}" for one in _chain(error)]
     if isinstance(error, CptError):
-        kind = "fenced" if isinstance(error, Fenced) else type(error).__name__
+        kind = "fenced" if isinstance(error, Fenced) else "io" if _is_io(error) else type(error).__name__
         return {"kind": kind, "error": error.message, "hints": list(error.hints), "exit_code": error.exit_code}
     if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in _chain(error)) or _has(
         texts, _DISK
@@ -49,7 +49,7 @@ def _named(error: BaseException) -> dict[str, Any]:
     if _has(texts, _DEVICE):
         hints = ["`nvidia-smi -q` and the kernel's log of that machine say more; leave the machine out"]
         return {"kind": "device", "error": f"a GPU failed: {_line(error)}", "hints": hints, "exit_code": ENVIRONMENT}
-    if any(isinstance(one, OSError) and one.errno in _IO for one in _chain(error)):
+    if _is_io(error):
         return {"kind": "io", "error": f"a disk failed: {_line(error)}", "hints": [], "exit_code": ENVIRONMENT}
     if _has(texts, _LOST):
         return {"kind": "lost", "error": f"lost touch with another rank: {_line(error)}", "exit_code": FAILED}
@@ -64,6 +64,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.append(current)
         yield current
         current = current.__cause__ or current.__context__
+
+
+def _is_io(error: BaseException) -> bool:
+    return any(isinstance(one, OSError) and one.errno in _IO for one in _chain(error))
 
 
 def _has(texts: list[str], parts: tuple[str, ...]) -> bool:

@@ -104,6 +104,11 @@ def test_a_failure_that_the_launcher_found_itself_is_the_one_that_is_told(tmp_pa
 def test_faults_of_the_machine_are_told_from_faults_of_the_work() -> None:
     ecc = explain(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
     stale = explain(OSError(116, "Stale file handle"))
+    try:
+        raise EnvironmentProblem("cannot save `x`") from OSError(5, "Input/output error")
+    except EnvironmentProblem as error:
+        save = explain(error)
+    assert (save["error"], outcome.is_machine_fault(save)) == ("cannot save `x`", True)
     gone = explain(RuntimeError("Connection closed by peer [10.0.0.7]:53"))
     killed = {"kind": "killed", "error": "killed by SIGKILL"}
     assert all(outcome.is_machine_fault(f) for f in (ecc, stale, gone, killed, {"kind": "hang"}, {"kind": "lost"}))
