@@ -70,7 +70,7 @@ class _Work:
         except CptError as error:
             message = (
                 f"{prefix}{error.message}"
-                if not error.message.startswith(("`stages.", prefix or "\0"))
+                if not error.message.startswith(("`stages.", prefix.removesuffix("`: ") or "\0"))
                 else error.message
             )
             self.errors.append(type(error)(message, *error.hints, more=error.more))
@@ -257,6 +257,8 @@ def _read(composed: Composed, cwd: Path, environ: Mapping[str, str]) -> _Work:
             work.errors.append(UsageError(f"cannot write the `{key}` folder `{folder}`: {why}"))
     if not values.get("stages") and not reading.errors:
         work.errors.append(UsageError(f"the recipe `{composed.recipe}` has no stages"))
+    if work.errors:
+        _launcher(work)  # what its class says of the other values is told as well
     work.stop_if_wrong()
     return work
 
@@ -333,7 +335,7 @@ def _launcher(work: _Work) -> Any:
     given = work.values.get("launcher") or {}
     name = given.get("name", "local")
     with work.catching("`launcher`: "):
-        return name, make(LAUNCHERS.get(name), {k: v for k, v in given.items() if k != "name"})
+        return name, make(LAUNCHERS.get(name), {k: v for k, v in given.items() if k != "name" and v is not None})
     return name, None
 
 

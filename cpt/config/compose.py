@@ -208,10 +208,19 @@ def _split_picks(values: Sequence[ov.Override], cwd: Path) -> tuple[list[tuple[s
         elif options and isinstance(node, Section) and node.short is None:
             raise unknown(group, override.value, options)
         elif options and isinstance(node, Part):  # a class of the project or a file in `conf`
-            raise unknown(node.registry().kind, override.value, options)
+            error = unknown(node.registry().kind, override.value, options)
+            raise UsageError(error.message, *error.hints, *_own_file(group, override.value, cwd))
         else:
             rest.append(override)
     return picks, rest
+
+
+def _own_file(group: str, option: object, cwd: Path) -> list[str]:
+    """Where the file of a cluster goes, and what it can begin as a copy of."""
+    if group != "launcher" or not re.fullmatch(r"[\w.-]+", str(option)):
+        return []
+    own, example = cwd / "conf" / group / f"{option}.yaml", shipped()[1] / group / "slurm-example.yaml"
+    return [f"a cluster of yours is a file `{own}`, which can begin as a copy of `{example}`"]
 
 
 def group_options(group: str, cwd: Path | None = None) -> list[str]:
@@ -254,6 +263,8 @@ def _hydra(
                 continue
             where = f"{name}.yaml" if loaded.path.startswith("file:") else name.replace("/", "=")
             package = tuple(filter(None, (default.package or "").split(".")))
+            if where.startswith("launcher/") and package == ("launcher",):
+                _refuse_nameless(where, config.get("launcher") or {})
             for leaf in _leaves(OmegaConf.to_container(loaded.config, resolve=False)):
                 origins[package + leaf] = where
         return config, origins
@@ -261,6 +272,17 @@ def _hydra(
         raise
     except Exception as error:  # Hydra, OmegaConf and PyYAML raise many kinds; all of them are about the person's text
         raise _hydra_error(error, file) from error
+
+
+def _refuse_nameless(file: str, launcher: Any) -> None:
+    """A file of a launcher that does not say which would be taken for one of the default launcher."""
+    if not isinstance(launcher, dict) or "name" in launcher:
+        return
+    known = ", ".join(f"`{name}`" for name in _parts()["launcher"].registry())
+    raise UsageError(
+        f"`conf/{file}` does not say which launcher it is for: `name` is missing",
+        f"for a Slurm cluster its first line is `name: slurm`; known: {known}",
+    )
 
 
 def _defaults(repository: Any, recipe: str, picks: Sequence[tuple[str, str]]) -> list[Any]:

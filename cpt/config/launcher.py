@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt.base.errors import UsageError
+from cpt.base.errors import CptError, UsageError
 from cpt.config.compose import compose_part
 from cpt.config.read import Reading, make, read
 
@@ -33,8 +33,11 @@ def launcher(texts: Sequence[str], cwd: Path | None = None) -> tuple[str, Launch
         *reading.errors,
         *(UsageError(f"`{'.'.join(path)}` is left to you to fill in") for path in reading.unfilled),
     ]
-    if wrong:
-        raise type(wrong[0])(wrong[0].message, *wrong[0].hints, more=tuple(wrong[1:]))
     name = str(given.get("name", "local"))
-    made: Launcher = make(LAUNCHERS.get(name), {k: v for k, v in given.items() if k != "name"})
+    try:  # also beside unknown keys, so that everything wrong is told at once
+        made: Launcher = make(LAUNCHERS.get(name), {k: v for k, v in given.items() if k != "name" and v is not None})
+    except CptError as error:
+        wrong.append(error)
+    if wrong:
+        raise type(wrong[0])(wrong[0].message, *wrong[0].hints, more=(*wrong[0].more, *wrong[1:]))
     return name, made

@@ -208,6 +208,8 @@ def _no_option(part: Part, chosen: str, path: Path_, keys: Mapping[str, Any], re
             f"`{dotted(path)}` would have no effect: it is an option of {of}, and the {registry.kind} is `{chosen}`"
         )
         return UsageError(message, *hints, f"`{chosen}` takes {has}")
+    if path[0] == "launcher":  # `cpt recipes show` lists the keys of the one that it is told
+        recipe = f"{recipe or 'demo'} launcher={chosen}"
     return unknown_key(path, keys, schema.every_key(), recipe)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cpt.config import machine
+from cpt.config.compose import shipped
 from cpt.plan.budget import Devices
 from tests.command import Ended, cpt, write_project
 
@@ -36,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def same(name: str, text: str, project: Path) -> None:
     """Compare with the kept text; ids and folders differ between machines and are left out."""
-    text = text.replace(str(project), "FOLDER")
+    text = text.replace(str(project), "FOLDER").replace(str(shipped()[1]), "SHIPPED/conf")
     text = re.sub(r"id (≈?)[0-9a-f]{6}", r"id \1IDIDID", text)
     text = re.sub(r"(runs/[\w-]+)-[0-9a-f]{6}\b", r"\1-IDIDID", text)
     path = FOLDER / f"{name}.txt"
