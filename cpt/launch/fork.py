@@ -247,8 +247,8 @@ class _Watcher:
         hang = watch.judge(self._of_living(beats, tree), time.time(), self.hang_after)
         if hang is None:
             return None
-        pids = {rank: pid for pid, rank in tree.living.items() if rank not in hang.silent}
-        heartbeat.dump_stacks(self.attempt_dir, pids)
+        pids = {rank: pid for pid, rank in tree.living.items()}
+        heartbeat.dump_stacks(self.attempt_dir, pids, silent=hang.silent)
         return heartbeat.failure(self.attempt_dir, hang)
 
     def _of_living(self, beats: dict[int, Beat], tree: _Tree) -> dict[int, Beat]:

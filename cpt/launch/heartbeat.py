@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -205,12 +205,18 @@ class Heartbeat:
         found = watch.judge(beats, time.time(), self.hang_after)
         if found is None:
             return
-        dump_stacks(self.attempt_dir, {self.rank: os.getpid()})
+        dump_stacks(self.attempt_dir, {self.rank: os.getpid()} | self._of_silent(found, beats), silent=found.silent)
         _dump_flight_record(self.attempt_dir, self.rank)
         outcome.write_record(self.attempt_dir, self.rank, FAILED, failure(self.attempt_dir, found))
         living = [r for r in beats if r not in found.silent]
         _wait(lambda: all(outcome.record_path(self.attempt_dir, r).exists() for r in living), _GRACE_SECONDS)
         self._end(found.text)
+
+    def _of_silent(self, found: Hang, beats: Mapping[int, Beat]) -> dict[int, int]:
+        """Processes of silent ranks on this machine, where this rank is the first of the others there."""
+        here = sorted(r for r, b in beats.items() if b.host == platform.node() and r not in found.silent)
+        is_first = here[:1] == [self.rank]
+        return {r: beats[r].pid for r in found.silent if is_first and beats[r].host == platform.node()}
 
 
 def tell(attempt_dir: Path, beats: Mapping[int, Beat], told: set[str]) -> None:
@@ -228,7 +234,10 @@ def failure(attempt_dir: Path, found: Hang) -> dict[str, Any]:
     shown = stack_path(attempt_dir, found.rank)
     if found.rank in found.silent:
         hints.append(f"rank {found.rank} ran as process {found.pid} on `{found.host}`: stopped, or its machine is gone")
-        hints.append(f"where the other ranks waited stands in `{shown.parent}`")
+        if _has_stacks(attempt_dir, found.rank):
+            hints.append(f"where its threads were stands in `{shown}`, those of the other ranks beside it")
+        else:
+            hints.append(f"where the other ranks waited stands in `{shown.parent}`")
     else:
         hints.append(f"where its threads were stands in `{shown}`, those of the other ranks beside it")
     hints.append("if a step may last longer, set `launcher.hang_after`")
@@ -244,20 +253,25 @@ def failure(attempt_dir: Path, found: Hang) -> dict[str, Any]:
     }
 
 
-def dump_stacks(attempt_dir: Path, pids: Mapping[int, int], seconds: float = 5.0) -> list[int]:
-    """Write the stacks of living ranks, by rank their pid on this machine; the ranks that wrote them.
+def dump_stacks(
+    attempt_dir: Path, pids: Mapping[int, int], seconds: float = 5.0, silent: Collection[int] = ()
+) -> list[int]:
+    """Write the stacks of ranks, by rank their pid on this machine; the ranks whose stacks there are.
 
-    By `py-spy` where it is installed and allowed (it also shows what is stuck inside a library), else the rank's own
-    handler does it. Neither can look into a stopped process.
+    By `py-spy` where it is installed and allowed: it also shows what is stuck inside a library, and where a stopped
+    process was. Else the rank's own handler does it, as far as the process runs.
 
     Args:
         seconds: how long to wait for ranks at most [s].
+        silent: ranks without a sign of life.
     """
     spy = shutil.which("py-spy")
     asked = []
     for rank, pid in pids.items():
         path = stack_path(attempt_dir, rank)
-        if spy is not None and _spy(spy, pid, path, seconds):
+        if spy is not None and _spy(spy, pid, path, seconds, is_silent=rank in silent):
+            continue
+        if rank in silent:
             continue
         if STACK_SIGNAL is not None and path.exists():  # it listens: without a handler the signal would end it
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -268,11 +282,11 @@ def dump_stacks(attempt_dir: Path, pids: Mapping[int, int], seconds: float = 5.0
     return [rank for rank in pids if _has_stacks(attempt_dir, rank)]
 
 
-def _spy(spy: str, pid: int, path: Path, seconds: float) -> bool:
+def _spy(spy: str, pid: int, path: Path, seconds: float, *, is_silent: bool) -> bool:
+    # What waits inside the kernel cannot be paused, and what is stopped need not be.
+    command = [spy, "dump", "--pid", str(pid), *(["--nonblocking"] if is_silent else [])]
     try:
-        done = subprocess.run(
-            [spy, "dump", "--pid", str(pid)], capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return False
     if done.returncode or not done.stdout:

@@ -147,7 +147,7 @@ def notes(beats: Mapping[int, Beat]) -> list[tuple[str, str]]:
             if own > _SLOW * median:
                 text = (
                     f"rank {rank} on `{beats[rank].host}` is slow: {own:.3g} s for its part of a step, "
-                    f"others {median:.3g} s; all wait for it"
+                    f"others {median:.3g} s; all wait for it: a busy machine?"
                 )
                 found.append((f"slow {rank}", text))
     for rank, beat in sorted(beats.items()):
