@@ -1,12 +1,12 @@
 """The few error classes a person may see, each with its exit code and optional hints.
 
 Exit codes of `cpt`: 0 done · 1 work began and failed · 2 the person's input is wrong · 3 the machine is not as
-needed · 4 a `stop_if` guard ended the run · 75 stopped and saved, the same command goes on.
+needed · 4 a `stop_if` guard ended the run · 75 stopped and saved, the same command goes on · 130 interrupted.
 """
 
 from __future__ import annotations
 
-DONE, FAILED, USAGE, ENVIRONMENT, GUARD, SAVED = 0, 1, 2, 3, 4, 75
+DONE, FAILED, USAGE, ENVIRONMENT, GUARD, SAVED, INTERRUPTED = 0, 1, 2, 3, 4, 75, 130
 
 
 class CptError(Exception):
@@ -61,6 +61,12 @@ class GuardStop(CptError):
     """A `stop_if` guard ended the run; the checkpoint is kept."""
 
     exit_code = GUARD
+
+
+class Interrupted(CptError):
+    """Ctrl-C ended a command whose work goes on elsewhere."""
+
+    exit_code = INTERRUPTED
 
 
 class StoppedAndSaved(CptError):

@@ -96,8 +96,8 @@ class Lock:
         beat(self.path)
 
     def release(self) -> None:
-        """Give the lock back, if it is still ours."""
-        with _exclusive(self.path.parent):
+        """Give the lock back, if it is still ours and its folder still there."""
+        with contextlib.suppress(FileNotFoundError), _exclusive(self.path.parent):
             if self.is_ours():
                 self.path.unlink(missing_ok=True)
 

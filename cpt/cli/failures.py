@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from cpt.base.errors import ENVIRONMENT, FAILED, USAGE, CptError, GuardStop, StoppedAndSaved, UsageError
+from cpt.base.errors import (
+    ENVIRONMENT,
+    FAILED,
+    INTERRUPTED,
+    USAGE,
+    CptError,
+    GuardStop,
+    Interrupted,
+    StoppedAndSaved,
+    UsageError,
+)
 from cpt.base.files import closed_at
 
-INTERRUPTED = 130
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO}
 
 
@@ -154,7 +163,9 @@ def blocks(error: CptError) -> Iterator[CptError]:
 
 def _word(error: CptError) -> str:
     """What a line begins with: a stop that went as planned is no error."""
-    return "note" if isinstance(error, StoppedAndSaved) else "warning" if isinstance(error, GuardStop) else "error"
+    if isinstance(error, StoppedAndSaved | Interrupted):
+        return "note"
+    return "warning" if isinstance(error, GuardStop) else "error"
 
 
 def error_text(error: CptError) -> str:

@@ -76,6 +76,9 @@ def go(
         wait: return only when the jobs of a queue have ended.
         finish: says how it ended; None = with the table, the report and the next command.
     """
+    import shlex
+
+    from cpt.base.errors import Interrupted
     from cpt.cli.flags import talk
     from cpt.stages.run import Settings, run
     from cpt.stages.send import wait_for_jobs
@@ -91,12 +94,23 @@ def go(
         environ=os.environ,
         fresh=fresh,
         accept_changes=accept_changes,
+        wait=wait,
     )
     screen = Screen(quiet=talk.quiet, every=every)
+    result: Result | None = None
     try:
         result = run(first, make, settings, screen.tell, screen.started)
         if result.sent and wait:
             result.error = wait_for_jobs(result.run_dir, result.plan, screen.line)
+    except KeyboardInterrupt:
+        if result is None:
+            raise
+        name = shlex.quote(os.path.relpath(result.run_dir))
+        raise Interrupted(
+            f"the jobs of `{result.run_dir.name}` go on in the queue",
+            f"`cpt resume {name} --wait` waits for them again, `cpt status {name}` shows how far they are, "
+            f"`cpt cancel {name}` saves and stops them",
+        ) from None
     finally:
         screen.close()
     if result.sent and not wait and result.error is None:

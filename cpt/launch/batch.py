@@ -142,6 +142,15 @@ class Batch(Launcher):
         """
 
     @abstractmethod
+    def check(self, work: Work) -> None:
+        """Ask the queue whether it would take the job of a stage; nothing is submitted or written.
+
+        Raises:
+            UsageError: it would not.
+            EnvironmentProblem: it does not answer.
+        """
+
+    @abstractmethod
     def log_of(self, work: Work, id: str, member: int | None = None) -> Path:
         """Where the script of a job prints.
 

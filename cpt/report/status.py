@@ -66,6 +66,7 @@ class RunStatus:
     seconds_left: float | None
     stages: tuple[StageStatus, ...]
     wandb: str | None = None  # why not all of it is at wandb
+    unsent: str | None = None  # why the newest command sent nothing to the queue
 
 
 def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> RunStatus:
@@ -98,7 +99,23 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> Run
         seconds_left=left / rate if rate else None,
         stages=tuple(_with_reasons(plan, stages)),
         wandb=wandb.read_state(folder / wandb.FOLDER).get("problem"),
+        unsent=_unsent(plan, folder, stages),
     )
+
+
+def _unsent(plan: RunPlan, folder: Path, stages: Sequence[StageStatus]) -> str | None:
+    """Why the newest command sent nothing to the queue; None when it did, or when something happened since."""
+    if not isinstance(launcher_of(plan.launcher), Batch):
+        return None
+    try:
+        latest = read_json(folder / "latest.json")
+        told = str(latest["reason"]) if latest["status"] == state.FAILED else None
+        updated = float(latest["updated"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_over = all(s.held_by is None and not (s.job and s.job.state in batch.ACTIVE) for s in stages)
+    is_newest = all(s.last_event is None or s.last_event <= updated for s in stages)
+    return told if is_over and is_newest else None
 
 
 def _ask(folders: Sequence[Path]) -> dict[str, JobState]:
@@ -389,6 +406,9 @@ def status_text(status: RunStatus, now: float) -> str:
 
 
 def job_text(job: JobState) -> str:
+    if status.unsent:
+        again = f"`cpt resume {show.plain(status.name)}` tries again"
+        notes.append(f"nothing was sent to the queue: {show.plain(status.unsent)}; {again}")
     """What the queue says about a job, in one line."""
     name = f"job {job.id}"
     again = f", started again {job.restarts} time{'s' if job.restarts > 1 else ''}" if job.restarts else ""

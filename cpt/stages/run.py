@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from cpt.base.errors import DONE, GUARD, SAVED, CptError, EnvironmentProblem, Gu
 from cpt.base.events import Event, stage_events
 from cpt.base.files import read_json, write_json
 from cpt.launch import Direct, Launch, Work, launcher_of
-from cpt.launch.batch import Batch, Sent
+from cpt.launch.batch import Batch, Sent, read_sent
 from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import again, decide, law_values, parents, record, reuse, send, state
 from cpt.stages import attempt as attempts
@@ -49,6 +50,7 @@ class Settings:
         environ: the environment that ranks get.
         fresh: start again in a new folder.
         accept_changes: go on with unfinished stages under a changed plan.
+        wait: the caller waits for jobs, so that those of this very plan that are in the queue already will do.
     """
 
     command: Sequence[str]
@@ -56,6 +58,7 @@ class Settings:
     environ: Mapping[str, str]
     fresh: bool = False
     accept_changes: bool = False
+    wait: bool = False
     clock: Callable[[], float] = time.time
 
 
@@ -98,6 +101,7 @@ def run(
     """
     with Stop() as stop:
         diary = _Diary(settings, tell)
+        _ask_queue(plan, settings)
         try:
             plan, prepared = _prepare(plan, rebuild, diary)
         except KeyboardInterrupt:
@@ -105,12 +109,18 @@ def run(
                 "stopped while preparing data", f"`{shlex.join(settings.command)}` goes on with what is missing"
             ) from None
         plan, run_dir = choose_folder(plan, settings)
+        is_new = not (run_dir / "plan.json").exists()
         held, dead = lock.take(run_dir, lock.holder_of(os.getpid(), shlex.join(settings.command)))
         stop.gentle = True
+        works_here = False
         try:
             # Looked at again under the lock: another process may have made the folder meanwhile.
             _refuse_other_plan(plan, run_dir, settings)
+            if settings.wait and _has_jobs_of(plan, run_dir):
+                diary.note(f"jobs of `{run_dir}` are in the queue; this waits for them")
+                return Result(run_dir, plan, sent=read_sent(run_dir))
             send.refuse_active(run_dir)
+            works_here = True
             (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
             environment = record.environment(settings.cwd, settings.environ, settings.clock())
             changes = reuse.changes_by_stage(plan, run_dir)
@@ -130,10 +140,46 @@ def run(
                     raise
                 result.error = _disk_full(run_dir, settings)
             diary.write("run_end", exit_code=result.exit_code, reason=result.error.message if result.error else "done")
+            if is_new and result.error is not None and _is_for_nothing(result):
+                shutil.rmtree(run_dir)
+                raise result.error
             return result
         finally:
-            (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+            if works_here:  # else it may tell the jobs that are in the queue to stop
+                (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
             held.release()
+
+
+def _ask_queue(plan: RunPlan, settings: Settings) -> None:
+    """Whether a queue would take the jobs of the stages that are not done, before anything is prepared or written."""
+    launcher = launcher_of(plan.launcher)
+    if not isinstance(launcher, Batch):
+        return
+    run_dir = Path(plan.runs) / plan.name
+    if not settings.fresh and send.is_in_queue(run_dir):
+        return  # there is an answer for that
+    asked: dict[int, Work] = {}  # one stage of each size
+    for name, stage in plan.stages.items():
+        if settings.fresh or state.read(attempts.stage_dir(run_dir, name)).status != state.DONE:
+            work = attempts.work_of(stage, run_dir, settings.cwd)
+            asked.setdefault(work.world_size, work)
+    for work in asked.values():
+        launcher.check(work)
+
+
+def _has_jobs_of(plan: RunPlan, run_dir: Path) -> bool:
+    """Whether a queue has jobs of a run that were sent for this very plan."""
+    return send.is_in_queue(run_dir) and attempts.read_plan(run_dir).id == plan.id
+
+
+def _is_for_nothing(result: Result) -> bool:
+    """Whether a new run has reached no queue: its folder holds nothing but copies of what was typed."""
+    return (
+        isinstance(launcher_of(result.plan.launcher), Batch)
+        and result.plan.tracking.get("wandb", "off") == "off"  # whose process may write there still
+        and not read_sent(result.run_dir)
+        and not any(attempts.attempts(attempts.stage_dir(result.run_dir, name)) for name in result.plan.stages)
+    )
 
 
 def _disk_full(run_dir: Path, settings: Settings) -> EnvironmentProblem:

@@ -285,6 +285,8 @@ def cancel(run_dir: Path, *, now: bool = False) -> dict[str, str]:
 def is_in_queue(run_dir: Path) -> bool:
     """Whether some job of a run waits or runs."""
     launcher = launcher_of(read_plan(run_dir).launcher)
+    if not batch.read_sent(run_dir):
+        return False
     return isinstance(launcher, Batch) and any(s.state in batch.ACTIVE for s in states(run_dir, launcher).values())
 
 

@@ -40,6 +40,8 @@ _LATER = re.compile(
     r"\(inactive or drain\)|in maintenance",
     re.IGNORECASE,
 )
+_NO_NODES = re.compile("node configuration is not available|nodes are busy", re.IGNORECASE)
+_WORKING = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 _UNKNOWN_JOB = re.compile("invalid job id specified", re.IGNORECASE)
 _ENDED = re.compile("already (completing|finished)|invalid job id specified", re.IGNORECASE)
 
@@ -191,6 +193,26 @@ class Commands:
         said = self.run("sbatch", "--test-only", str(script.absolute()))
         _check(said, f"`{script.name}`")
         return _one_line(said.err or said.out)
+
+    def refuse_hopeless(self, script: Path) -> None:
+        """Return unless the queue would refuse a script; nothing is submitted.
+
+        A script that only waits for nodes that are away just now passes: `--test-only` refuses it, a submission is
+        taken.
+
+        Raises:
+            Refused, TryLater, NotInstalled, Away: as a submission.
+        """
+        try:
+            self.test_only(script)
+        except Refused as error:
+            if not (_NO_NODES.search(error.message) and self._lacks_nodes()):
+                raise
+
+    def _lacks_nodes(self) -> bool:
+        """Whether some node of the cluster takes no jobs now."""
+        said = self.run("sinfo", "-h", "-o", "%T")
+        return any(word.rstrip("~#%^+") not in _WORKING for word in said.out.split())
 
     def find(self, token: str, *, seconds: float | None = None) -> str | None:
         """The job that has a token, finished ones included while the queue remembers them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,6 +258,15 @@ class Slurm(Batch):
         from cpt.launch.slurm import script
 
         return script.write(self, work, members)
+
+    def check(self, work: Work) -> None:
+        from cpt.launch.slurm import script
+        from cpt.launch.slurm.commands import Commands
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / script.NAME
+            path.write_text(script.render(self, work), encoding="utf-8")
+            Commands().refuse_hopeless(path)
 
     def log_of(self, work: Work, id: str, member: int | None = None) -> Path:
         from cpt.launch.slurm import script

@@ -1,0 +1,142 @@
+"""What a person meets who waits for jobs, looks after them or stops them: short runs on a real Slurm."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command import tree
+from tests.dist import killing
+from tests.slurm.conftest import Cluster
+from tests.slurm.test_runs import ROOT, Place
+
+ON_SLURM = ("launcher=slurm", "launcher.ranks_per_node=1", "launcher.cpus_per_rank=1", "launcher.mem=500M")
+RECIPE = f"""{killing.TINY}
+train: {{seq_length: 64, global_batch_size: 4, micro_batch_size: 1, precision: fp32}}
+checkpoint: {{every: 2560}}
+stages:
+  long:
+    from: base
+    tokens: 12800
+    mixture: {{even: 0.7, odd: 0.3}}
+    lr: {{schedule: constant, peak: 1e-3}}
+  short:
+    from: long
+    keep: [weights]
+    tokens: 1280
+    mixture: {{even: 1}}
+    lr: {{schedule: constant, peak: 1e-4}}
+"""
+
+
+class Small(Place):
+    """A folder with a recipe of one rank."""
+
+    def words(self, runs: str, *overrides: str) -> list[str]:
+        return ["run", "recipe=small", f"runs={runs}", "name=it", *ON_SLURM, *overrides]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """`cpt` in the background, with all that it prints in one pipe."""
+        environ = {**self.cluster.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        command = [sys.executable, "-m", "cpt", *words]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Small:
+    folder = tmp_path_factory.mktemp("slurm-waiting")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "small.yaml").write_text(RECIPE)
+    killing.write_topics(folder)
+    return Small(folder, cluster)
+
+
+@pytest.fixture(autouse=True)
+def _clear(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.clear()
+
+
+def read_until(child: subprocess.Popen[str], wanted: str) -> str:
+    """What a command prints up to the line that has a text."""
+    assert child.stdout is not None
+    found = ""
+    for line in child.stdout:
+        found += line
+        if wanted in line:
+            return found
+    raise AssertionError(f"it never says {wanted!r}:\n{found}")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("launcher.partition=gpu", "invalid partition"),
+        ("launcher.mem=64G", "node configuration is not available"),
+        ("launcher.extra={foo: bar}", "unrecognized option"),
+    ],
+    ids=["partition", "memory", "option"],
+)
+def test_a_refused_job_leaves_nothing_behind(place: Small, override: str, says: str) -> None:
+    before = tree(place.folder)
+    said = place.cpt(*place.words("refused", override), code=2)
+    assert says in said and "goes to the queue" not in said and "report" not in said
+    assert tree(place.folder) == before
+
+
+def test_without_slurm_nothing_is_prepared(place: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(place.folder)
+    monkeypatch.setitem(place.cluster.environ, "PATH", str(tmp_path))
+    said = place.cpt(*place.words("absent"), code=3)
+    assert "Slurm is not installed on this machine: no command `sbatch`" in said
+    assert tree(place.folder) == before
+
+
+def test_a_node_that_is_away_is_waited_for(place: Small) -> None:
+    """`sbatch --test-only` refuses what only fits on nodes that are down; `sbatch` itself does not."""
+    place.cluster.crash("node1")
+    place.cluster.crash("node2")
+    said = place.cpt(*place.words("away"))
+    assert "sent    2 jobs" in said
+    assert place.cluster.state(place.job("away", "long")) == "PENDING"
+
+
+def test_what_slurm_refuses_only_when_it_is_sent(place: Small) -> None:
+    """Of a job that fits nowhere while a node is away only the submission itself says so."""
+    place.cluster.crash("node1")
+    too_large = "launcher.mem=64G"
+    said = place.cpt(*place.words("sending", too_large), code=2)
+    assert "Slurm refuses `job.sbatch`" in said and "node configuration is not available" in said
+    assert not place.run_dir("sending").exists()
+    place.cpt(*place.words("sending"))
+    place.cpt("cancel", "sending/it", "--wait")
+    assert "nothing was sent" not in place.cpt("status", "sending/it")
+    place.cpt(*place.words("sending", too_large), code=2)
+    status = place.cpt("status", "sending/it")
+    assert "nothing was sent to the queue: Slurm refuses `job.sbatch`" in status and "`cpt resume it` tries" in status
+
+
+def test_ctrl_c_ends_the_waiting_alone_and_one_can_wait_again(place: Small) -> None:
+    first = place.start(*place.words("again"), "--wait")
+    read_until(first, "long  running")
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "note: the jobs of `it` go on in the queue" in said
+    assert "`cpt resume again/it --wait` waits" in said and "`cpt cancel again/it`" in said
+    jobs = place.jobs("again")
+    resumed = place.start("resume", "again/it", "--wait")
+    read_until(resumed, "are in the queue; this waits for them")
+    said = place.cpt(*place.words("again"), "--wait")
+    assert "short  done" in said and "next    cpt sample" in said
+    said, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0 and "short  done" in said
+    assert place.jobs("again") == jobs
+    assert place.state("again", "long").attempt == 1
