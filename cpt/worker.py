@@ -110,11 +110,9 @@ def rank_main(job_path: Path, *, is_watched: bool = False) -> int:
         stopped = isinstance(error, CptError) and error.exit_code in (SAVED, GUARD)
         code = error.exit_code if stopped else FAILED  # type: ignore[attr-defined]
         if not stopped:
-            import traceback
-
             from cpt.launch.explain import explain
 
-            traceback.print_exc()
+            _print(error)
             failure = explain(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -122,6 +120,19 @@ def rank_main(job_path: Path, *, is_watched: bool = False) -> int:
         alive.stop()
     write_record(job_path.parent, rank, code, failure)
     return code
+
+
+def _print(error: BaseException) -> None:
+    """An error into the rank's log; one that says itself what is wrong needs no traceback."""
+    import traceback
+
+    from cpt.base.errors import CptError
+
+    if isinstance(error, CptError):
+        hints = "".join(f"hint: {hint}\n" for hint in error.hints)
+        sys.stderr.write(f"error: {error.message}\n" + (f"\n{hints}" if hints else ""))
+    else:
+        traceback.print_exc()
 
 
 def _filter_warnings() -> None:

@@ -23,6 +23,7 @@ from cpt.base.registry import nearest
 from cpt.base.units import show_duration
 from cpt.doctor.check import Check, Status
 from cpt.launch import Launcher, Work
+from cpt.launch.rendezvous import own_address
 from cpt.launch.slurm.commands import SEPARATOR, Away, Commands, TryLater, parse_limit, why
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def checks(
     yield "clock", lambda: _clock(asked)
     if options.container is not None:
         yield "container", lambda: _container(asked)
+    if options.interface:
+        yield "interface", lambda: _interface(options)
     yield "shared files", lambda: _shared(runs, cache, options)
 
 
@@ -451,6 +454,16 @@ def _container(asked: Asked) -> Check:
         return Check("ok", "container", "`srun` takes container images (pyxis)")
     hint = "without pyxis: `launcher.wrap_command=[apptainer, exec, --nv, IMAGE]`"
     return Check("fail", "container", "`srun` does not know `--container-image`: no pyxis here", hint)
+
+
+def _interface(options: Slurm) -> Check:
+    """The network of the ranks is looked for here, where it may be missing although nodes have it."""
+    try:
+        _, name = own_address(options.interface)
+    except CptError as error:
+        hint = "fine where the nodes have one: `srun -N1 ip -brief address` lists those of a node"
+        return Check("warn", "interface", error.message, hint)
+    return Check("ok", "interface", f"this machine has `{name}`; those of nodes cannot be seen without a job")
 
 
 def _shared(runs: Path, cache: Path, options: Slurm) -> Check:

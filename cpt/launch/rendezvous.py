@@ -97,8 +97,9 @@ def own_address(
         shown = ", ".join(f"`{name}`" for name in sorted(found)) or "none"
         raise EnvironmentProblem(
             f"`{socket.gethostname()}` has no network interface that begins with "
-            + " or ".join(f"`{name}`" for name in interfaces),
-            f"it has {shown}; `launcher.interface` names one",
+            + " or ".join(f"`{name}`" for name in interfaces)
+            + f" (`launcher.interface`), only {shown}",
+            "`launcher.interface=[...]` names one that all nodes have, by its name or beginning",
         )
     with contextlib.suppress(OSError):
         address = (resolve or _resolve)()

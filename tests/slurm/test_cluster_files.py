@@ -6,11 +6,58 @@ from pathlib import Path
 
 import pytest
 
+from cpt.base.files import read_json
+from cpt.config.launcher import launcher
+from cpt.doctor import check, scheduler
+from cpt.launch.slurm.commands import Commands
 from cpt.launch.slurm.options import Slurm
+from tests.dist import killing
 from tests.slurm.conftest import Cluster
+from tests.slurm.test_runs import ON_SLURM, TRAIN, Place
 from tests.slurm.test_script import Stage, real
 
 __all__ = ["real"]
+# One rank of a new model, then four on two nodes.
+RECIPE = f"""{killing.TINY}{TRAIN}
+stages:
+  small:
+    from: base
+    tokens: 1280
+    mixture: {{even: 1}}
+    lr: {{schedule: rewarm, peak: 1e-3, warmup: 1}}
+    parallel: {{dp: 1}}
+  large:
+    from: small
+    keep: [weights, optimizer]
+    tokens: 1280
+    mixture: {{odd: 1}}
+    lr: {{schedule: constant, peak: 1e-3}}
+    parallel: {{dp: 4}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, cluster: Cluster) -> Place:
+    """A folder with a recipe and the file of a cluster."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "two.yaml").write_text(RECIPE)
+    killing.write_topics(tmp_path)
+    cluster.clear()
+    return Place(tmp_path, cluster)
+
+
+def test_an_interface_that_nodes_do_not_have_is_said_by_doctor_status_and_log(place: Place) -> None:
+    wrong = ("launcher.interface=[nope]",)
+    name, made = launcher([*ON_SLURM, *wrong], place.folder)
+    commands = Commands(environ=place.cluster.environ, cwd=place.folder)
+    found = {c.name: c for c in check.run(scheduler.checks(name, made, place.folder, place.folder, commands))}
+    says = "has no network interface that begins with `nope` (`launcher.interface`), only `"
+    assert found["interface"].status == "warn" and says in found["interface"].found
+    place.cpt("run", "recipe=two", "runs=r", "name=it", *ON_SLURM, *wrong, "--wait", code=3)
+    assert says in read_json(place.run_dir("r") / "stages/large/attempt_1/failure.json")["error"]
+    assert says in place.cpt("status", "r/it")
+    log = place.cpt("logs", "r/it")
+    assert says in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize(

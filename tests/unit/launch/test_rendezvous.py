@@ -102,9 +102,10 @@ def test_the_interface_of_the_profile_is_taken_by_name_or_beginning() -> None:
     assert own_address(["bond", "eno1"], CARDS, never) == ("10.0.0.7", "eno1")
     assert own_address(["ib1", "ib"], CARDS, never) == ("10.1.0.7", "ib0")
     assert own_address(["eth0"], {"eth00": ["1.1.1.1"], "eth0": ["2.2.2.2"]}, never) == ("2.2.2.2", "eth0")
-    with pytest.raises(EnvironmentProblem, match="no network interface that begins with `hsn`") as caught:
+    with pytest.raises(EnvironmentProblem) as caught:
         own_address(["hsn"], CARDS, never)
-    assert "`eno1`" in caught.value.hints[0]
+    assert "has no network interface that begins with `hsn` (`launcher.interface`), only " in caught.value.message
+    assert "`eno1`" in caught.value.message and "`launcher.interface=[...]`" in caught.value.hints[0]
 
 
 def test_without_a_profile_the_hosts_name_is_taken_unless_it_leads_to_itself() -> None:
