@@ -25,7 +25,7 @@ from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, name_in, small_
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 _PAD = " (padding rows)"
-_BLOCK = 1 << 17  # values looked at together: what stays in a core's cache
+_BLOCK = 1 << 19  # of a state that is looked at together: what stays in a core's cache [bytes]
 _TURN = 1 << 24  # values that a thread takes at a time
 _AHEAD = 8  # blocks of each state that are asked for before they are needed
 _ASK = 1 << 17  # bytes asked for at once: of more, Linux reads only the beginning
@@ -204,7 +204,8 @@ class _Turn:
 
     def boxes(self) -> Iterator[_Box]:
         """Blocks that cover the rows."""
-        return rectangles(self.first, self.last, as_matrix(self.shape)[1], _BLOCK)
+        size = max(itemsize(array.dtype) for array in self.states.values())
+        return rectangles(self.first, self.last, as_matrix(self.shape)[1], _BLOCK // size)
 
 
 _Box = tuple[int, int, tuple[int, int]]  # row, column, shape

@@ -46,7 +46,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors, too, are read in many pieces."""
-    monkeypatch.setattr(verify, "_BLOCK", 64)
+    monkeypatch.setattr(verify, "_BLOCK", 256)
     monkeypatch.setattr(verify, "_TURN", 200)
     monkeypatch.setattr(verify, "_SUM", 50)
     monkeypatch.setattr(sums, "_READ", 100)
