@@ -153,6 +153,7 @@ def _only_part(group: str, key: str) -> UsageError:
     if key == "recipe":
         return UsageError(f"`recipe` has no effect here, only `{group}` has", "`cpt plan recipe=...` checks a recipe")
     hints = [f"did you mean `{group}`?"] if nearest(key, [group]) else []
+    hints = hints or ["with `recipe=NAME` in front, every key of a recipe has"]
     return UsageError(f"`{key}` has no effect here, only `{group}` has", *hints)
 
 

@@ -86,7 +86,12 @@ class Asked:
 
 
 def checks(
-    name: str, launcher: Launcher, runs: Path, cache: Path, commands: Commands | None = None
+    name: str,
+    launcher: Launcher,
+    runs: Path,
+    cache: Path,
+    commands: Commands | None = None,
+    work: Work | None = None,
 ) -> Iterator[tuple[str, Callable[[], Check]]]:
     """Every check of a launcher, with its name.
 
@@ -94,6 +99,7 @@ def checks(
         name: that the launcher is known by.
         runs: where run folders go.
         cache: where prepared corpora go.
+        work: the stage that the queue is asked about; None = a made-up one of as many ranks as a job may have.
     """
     from cpt.launch.slurm.options import Slurm
 
@@ -118,8 +124,8 @@ def checks(
     yield "partition", lambda: _partition(asked, options)
     yield "account", lambda: _account(asked, options)
     if _has_partition(asked, options):
-        yield "nodes", lambda: _nodes(asked, options)
-        yield "submission", lambda: _submission(asked, options, runs)
+        yield "nodes", lambda: _nodes(asked, options, work)
+        yield "submission", lambda: _submission(asked, options, runs, work)
     yield "requeue", lambda: _requeue(asked, options)
     yield "stops", lambda: _stops(asked, options)
     yield "arrays", lambda: _arrays(asked, options)
@@ -293,12 +299,16 @@ def _number(text: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def _nodes(asked: Asked, options: Slurm) -> Check:
-    """As many nodes as a job may take have the CPUs, the memory and the GPUs of its ranks."""
+def _nodes(asked: Asked, options: Slurm, work: Work | None) -> Check:
+    """As many nodes as a job takes have the CPUs, the memory and the GPUs of its ranks."""
+    from cpt.launch.slurm import script
+
     nodes = _read_nodes(asked, options)
     if not nodes:
         return Check("fail", "nodes", "the partition has none", "`sinfo` lists nodes: `launcher.partition=...`")
-    ranks, wanted = options.ranks_per_node or 1, options.nodes or 1
+    ranks, wanted, takes = options.ranks_per_node or 1, options.nodes or 1, "a job may take"
+    if work is not None:
+        (wanted, ranks), takes = script.shape(options, work), f"stage `{work.stage}` takes"
     cpus, gpus = ranks * (options.cpus_per_rank or 1), ranks if options.gpus != "none" else 0
     memory = _mebibytes(options.mem)
     asks = [f"{cpus} CPU{'s' if cpus > 1 else ''}"]
@@ -309,14 +319,14 @@ def _nodes(asked: Asked, options: Slurm) -> Check:
     has = f"{most.cpus} CPUs, {most.num_gpus(None)} GPUs, {most.memory:,}M memory"
     found = f"{len(fit)} of {len(nodes)} have {', '.join(asks)} for {ranks} rank{'s' if ranks > 1 else ''}"
     if len(fit) < wanted:
-        found = f"{found}; a job may take {wanted}"
+        found = f"{found}; {takes} {wanted}"
         hint = f"the largest has {has}: `launcher.nodes`, `launcher.ranks_per_node`, `launcher.cpus_per_rank`"
         return Check("fail", "nodes", found, hint)
     up = [n for n in fit if n.is_usable]
     idle = sum(n.state.startswith("idle") for n in up)
     found = f"{found}; {idle} idle"
     if len(up) < wanted:
-        found = f"{found}, {len(up)} up where a job may take {wanted}"
+        found = f"{found}, {len(up)} up where {takes} {wanted}"
         return Check("warn", "nodes", found, "`sinfo -R` says why nodes are down; a job waits until they are back")
     if options.gpus == "none" and (with_gpus := max(n.num_gpus(None) for n in fit)):
         hint = f"`launcher.gpus=per_node launcher.ranks_per_node={with_gpus}`"
@@ -332,12 +342,13 @@ def _mebibytes(text: str | None) -> int:
     return int(_number(text) * factor)
 
 
-def _submission(asked: Asked, options: Slurm, runs: Path) -> Check:
-    """Slurm looks at a whole script of a made-up stage that fills the largest job, and takes nothing."""
+def _submission(asked: Asked, options: Slurm, runs: Path, work: Work | None) -> Check:
+    """Slurm looks at a whole script, and takes nothing."""
     from cpt.launch.slurm import script
 
     ranks = (options.nodes or 1) * (options.ranks_per_node or 1)
-    work = Work(
+    what = "a job of" if work is None else f"the largest job, of stage `{work.stage}`:"
+    work = work or Work(
         run_dir=runs / "doctor",
         stage="doctor",
         world_size=ranks,
@@ -355,7 +366,7 @@ def _submission(asked: Asked, options: Slurm, runs: Path) -> Check:
         except TryLater as error:
             return Check("warn", "submission", error.message, *error.hints[:1])
     size = options.describe(work).partition(",")[0]
-    return Check("ok", "submission", f"Slurm would take a job of {size}{promised(said, time.time())}")
+    return Check("ok", "submission", f"Slurm would take {what} {size}{promised(said, time.time())}")
 
 
 def promised(said: str, now: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,21 @@ def test_a_line_of_the_environment_that_fails_ends_the_job_before_its_ranks(
     assert errors == [f"error: `launcher.environment`: this line failed {failed.format(folder=tmp_path)}"]
     assert "hint: a line that may fail ends with `|| true`" in log
     assert stage.attempts() == []
+
+
+def test_doctor_asks_about_the_largest_job_of_a_recipe(place: Place) -> None:
+    def doctor(*words: str, code: int = 0) -> dict[str, str]:
+        said = place.cpt("doctor", *words, "--json", code=code)
+        return {c["name"]: f"{c['status']}: {c['found']}" for c in json.loads(said)}
+
+    (place.folder / "conf" / "launcher").mkdir(parents=True)
+    profile = "name: slurm\npartition: main\nranks_per_node: 2\ncpus_per_rank: 1\nmem: 500M\n"
+    (place.folder / "conf" / "launcher" / "mine.yaml").write_text(profile)
+    assert doctor("launcher=mine")["nodes"].startswith("ok: 2 of 2 have 2 CPUs, 500M memory for 2 ranks")
+    found = doctor("recipe=two", "launcher=mine")
+    taken = "ok: Slurm would take the largest job, of stage `large`: 2 nodes of 2 ranks, now, on node[1-2]"
+    assert found["submission"] == taken
+    found = doctor("recipe=two", "launcher=mine", "stages.large.parallel.dp=6", "train.global_batch_size=6", code=3)
+    assert found["nodes"] == "fail: 2 of 2 have 2 CPUs, 500M memory for 2 ranks; stage `large` takes 3"
+    assert found["submission"].startswith("fail: Slurm refuses")
+    assert place.cluster.run("squeue", "-h") == ""

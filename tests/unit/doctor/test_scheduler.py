@@ -95,7 +95,7 @@ def test_a_launcher_is_read_without_a_recipe(tmp_path: Path) -> None:
         (["launcher=slurm", "launcher.time=4"], "`launcher.time` is `4`", ""),
         (["recipe=demo"], "`recipe` has no effect here", "cpt plan"),
         (["launchr=slurm"], "`launchr` has no effect here", "launcher"),
-        (["launcher=slurm", "stages.x.tokens=1"], "`stages` has no effect here", ""),
+        (["launcher=slurm", "stages.x.tokens=1"], "`stages` has no effect here", "`recipe=NAME`"),
         (["slurm"], "is not `key=value`", ""),
     ],
 )
