@@ -41,7 +41,7 @@ COMMANDS = {
     "cancel": Command(PLAN, "Stop a run, saved"),
     "recipes": Command(PLAN, "List recipes, show every key of one, start your own from one"),
     "status": Command(LOOK, "How far a run is"),
-    "logs": Command(LOOK, "What the ranks of a run wrote"),
+    "logs": Command(LOOK, "The steps of a stage, and what its ranks wrote"),
     "report": Command(LOOK, "Write one page about a run that opens without network"),
     "lineage": Command(LOOK, "The chain of a checkpoint back to its base model"),
     "diff": Command(LOOK, "How two plans or runs differ, value by value"),

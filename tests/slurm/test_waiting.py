@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cpt.stages import state
 from tests.command import tree
 from tests.dist import killing
 from tests.slurm.conftest import Cluster
@@ -75,6 +77,14 @@ def read_until(child: subprocess.Popen[str], wanted: str) -> str:
     raise AssertionError(f"it never says {wanted!r}:\n{found}")
 
 
+def rest(child: subprocess.Popen[str]) -> str:
+    """What else it prints until it ends."""
+    assert child.stdout is not None
+    said = child.stdout.read()
+    child.wait(timeout=10)
+    return said
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -127,7 +137,7 @@ def test_ctrl_c_ends_the_waiting_alone_and_one_can_wait_again(place: Small) -> N
     first = place.start(*place.words("again"), "--wait")
     read_until(first, "long  running")
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=60)
+    said = rest(first)
     assert first.returncode == 130
     assert "note: the jobs of `it` go on in the queue" in said
     assert "`cpt resume again/it --wait` waits" in said and "`cpt cancel again/it`" in said
@@ -136,7 +146,26 @@ def test_ctrl_c_ends_the_waiting_alone_and_one_can_wait_again(place: Small) -> N
     read_until(resumed, "are in the queue; this waits for them")
     said = place.cpt(*place.words("again"), "--wait")
     assert "short  done" in said and "next    cpt sample" in said
-    said, _ = resumed.communicate(timeout=60)
+    said = rest(resumed)
     assert resumed.returncode == 0 and "short  done" in said
     assert place.jobs("again") == jobs
     assert place.state("again", "long").attempt == 1
+
+
+def test_logs_are_followed_from_the_queue_to_the_end_of_the_attempt(place: Small) -> None:
+    node = place.cluster.run("sbatch", "--parsable", "--exclusive", "-N2", "--wrap", "sleep 60", cwd=place.folder)
+    place.cluster.wait(node, "RUNNING")
+    place.cpt(*place.words("followed"))
+    logs = place.start("logs", "-f", "followed/it")
+    read_until(logs, f"waits until job {place.job('followed', 'long')} of `long` starts")
+    place.cluster.run("scancel", node)
+    read_until(logs, "long  starts")
+    read_until(logs, "long  step 2/50")
+    assert place.state("followed", "long").status == state.RUNNING
+    said = rest(logs)
+    assert logs.returncode == 0
+    steps = re.findall(r"^long  step (\d+)/50  tokens .*  loss \d.*  lr .*  tokens/s [\d,]+ ", said, re.MULTILINE)
+    assert steps == [str(n) for n in range(4, 51, 2)]
+    assert "long  done at step 50" in said
+    place.wait_done("followed")
+    assert "short  step 5/5 " in place.cpt("logs", "-f", "followed/it")

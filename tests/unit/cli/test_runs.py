@@ -65,21 +65,32 @@ def test_a_command_that_lacks_its_run_names_those_that_are_there(words: list[str
     assert f"hint: runs in `runs`: `{NAME}`" in ended.err
 
 
-def test_an_empty_log_says_where_the_steps_are(run: Path) -> None:
+def test_the_steps_of_a_stage_are_shown_as_while_it_ran_and_the_log_of_its_rank_behind_them(run: Path) -> None:
     ended = cpt("logs", NAME)
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and "is empty" not in ended.err
+    assert lines[0].startswith("anneal  starts · ") and lines[-1].startswith("anneal  done at step ")
+    steps = [line for line in lines if line.startswith("anneal  step ")]
+    assert len(steps) == 25 and all(f"  {name} " in steps[-1] for name in ("tokens", "loss", "lr", "tokens/s"))
+    log = run / "stages" / "anneal" / "attempt_1" / "logs" / "rank_0000.log"
+    log.write_text("one\na warning\n")
+    assert cpt("logs", NAME).out == ended.out + "one\na warning\n"
+    assert cpt("logs", NAME, "-n", "1").out == f"{lines[-1]}\na warning\n"
+    assert cpt("logs", NAME, "--rank", "0").out == "one\na warning\n"
+
+
+def test_an_empty_log_of_a_rank_says_where_the_steps_are(run: Path) -> None:
+    ended = cpt("logs", NAME, "--rank", "0")
     assert ended.code == 0 and ended.out == ""
     assert "note: the log of rank 0 of `anneal` is empty" in ended.err and f"cpt status {NAME}" in ended.err
-    log = run / "stages" / "anneal" / "attempt_1" / "logs" / "rank_0000.log"
-    log.write_text("a warning\n")
-    ended = cpt("logs", NAME)
-    assert ended.out == "a warning\n" and "is empty" not in ended.err
 
 
 def test_the_log_of_the_stage_that_failed_is_shown_first(run: Path) -> None:
     folder = run / "stages" / "base"
     state.write(folder, state.State(status=state.FAILED, attempt=1, reason="out of memory"))
     (folder / "attempt_1" / "logs" / "rank_0000.log").write_text("no memory\n")
-    assert cpt("logs", NAME).out == "no memory\n"
+    assert cpt("logs", NAME).out.endswith("\nno memory\n")
+    assert cpt("logs", NAME, "-r", "0").out == "no memory\n"
 
 
 def test_after_a_stop_without_saving_the_saved_step_is_shown(run: Path) -> None:
@@ -137,7 +148,7 @@ def test_the_log_of_a_job_is_shown_when_asked_for(run: Path) -> None:
         log = stage / f"{id}.log"
         batch.note_sent(run, "domain", batch.Sent(id=id, token=id, script="job.sbatch", log=str(log)))
         log.write_text(f"job {id}\n")
-    assert cpt("logs", NAME, "--stage", "domain").out == "a rank\n"
+    assert cpt("logs", NAME, "--stage", "domain").out.endswith("\na rank\n")
     assert cpt("logs", NAME, "--stage", "domain", "--job").out == "job 9\n"
     assert cpt("logs", NAME, "--job").out == "job 9\n"
     ended = cpt("logs", NAME, "--stage", "base", "--job")
