@@ -399,6 +399,9 @@ def status_text(status: RunStatus, now: float) -> str:
             notes.append(f"{name}: {older} older warning{'s' if older > 1 else ''}: `cpt report` shows all")
         if s.reason:
             notes.append(f"{name}: {show.plain(s.reason)}")
+    if status.unsent:
+        again = f"`cpt resume {show.plain(status.name)}` tries again"
+        notes.append(f"nothing was sent to the queue: {show.plain(status.unsent)}; {again}")
     if status.wandb:
         later = wandb.LATER.replace("cpt sync", f"cpt sync {show.plain(status.name)}")
         notes.append(f"wandb failed: {show.plain(status.wandb)}; {later}")
@@ -406,9 +409,6 @@ def status_text(status: RunStatus, now: float) -> str:
 
 
 def job_text(job: JobState) -> str:
-    if status.unsent:
-        again = f"`cpt resume {show.plain(status.name)}` tries again"
-        notes.append(f"nothing was sent to the queue: {show.plain(status.unsent)}; {again}")
     """What the queue says about a job, in one line."""
     name = f"job {job.id}"
     again = f", started again {job.restarts} time{'s' if job.restarts > 1 else ''}" if job.restarts else ""

@@ -284,9 +284,9 @@ def cancel(run_dir: Path, *, now: bool = False) -> dict[str, str]:
 
 def is_in_queue(run_dir: Path) -> bool:
     """Whether some job of a run waits or runs."""
-    launcher = launcher_of(read_plan(run_dir).launcher)
     if not batch.read_sent(run_dir):
         return False
+    launcher = launcher_of(read_plan(run_dir).launcher)
     return isinstance(launcher, Batch) and any(s.state in batch.ACTIVE for s in states(run_dir, launcher).values())
 
 
