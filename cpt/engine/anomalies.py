@@ -29,7 +29,7 @@ def judge(loss: float, history: Sequence[float], rules: Anomalies) -> tuple[str,
         return UPDATE, ""
     mean = sum(window) / len(window)
     if loss > rules.spike_factor * mean:
-        return rules.spike, f"the loss is {loss:.4g}, {loss / mean:.1f} times the mean of the last {len(window)} steps"
+        return rules.spike, f"the loss is {loss:.4g}, {loss / mean:.3g} times the mean of the last {len(window)} steps"
     return UPDATE, ""
 
 

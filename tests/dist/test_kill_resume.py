@@ -8,14 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from cpt.checkpoint import store
 from cpt.stages import state
+from cpt.stages.train import SKIPS
 from tests.dist import killing
-from tests.dist.killing import Runs
+from tests.dist.killing import Moment, Running, Runs
 
 STAGES = ("domain", "second", "anneal")
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 5, 6  # of the first stage
@@ -186,3 +188,37 @@ def test_the_launch_script_does_by_hand_what_the_command_does(runs: Runs) -> Non
     )
     again = subprocess.run([stage_dir / "launch.sh"], env=environ, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "done already" in again.stderr
+
+
+def test_a_kill_around_a_rollback_changes_nothing(runs: Runs) -> None:
+    """A large lr, and every loss above the mean of the last few counts as a spike: the run goes back several times."""
+    words = (
+        "~stages.second",
+        "~stages.anneal",
+        "train.parallel={dp: 2}",
+        "stages.domain.tokens=10240",
+        "stages.domain.lr={schedule: constant, peak: 3e-2}",
+        "train.anomalies={spike: rollback, spike_factor: 1.02, window: 4, max_skips: 40}",
+    )
+    plain = runs.finish("rolled-straight", *words)
+    assert plain.process.returncode == 0, plain.text()[-3000:]
+
+    def skips(name: str) -> str:
+        path = runs.folder / name / "it" / "stages" / "domain" / SKIPS
+        return path.read_text() if path.exists() else ""
+
+    for seed in (1, 2, 3):
+        before = skips("rolled")
+        if len(before) == len(skips("rolled-straight")):
+            break  # that was the last rollback
+
+        def wait(running: Running, chance: random.Random, before: str = before) -> None:
+            running.wait_until(lambda: skips("rolled") != before, "a rollback")
+            running.tree()
+            time.sleep(chance.choice([0.0, 0.02, 0.2]))
+
+        killing.kill_at(runs, "rolled", Moment("after a rollback", wait, victim="command"), random.Random(seed), *words)
+    assert runs.finish("rolled", *words).process.returncode == 0
+    assert skips("rolled") == skips("rolled-straight") != ""
+    found = [killing.content(runs.folder / name / "it", "domain") for name in ("rolled", "rolled-straight")]
+    assert found[0] == found[1]
