@@ -105,3 +105,16 @@ def test_doctor_asks_about_the_largest_job_of_a_recipe(place: Place) -> None:
     assert found["nodes"] == "fail: 2 of 2 have 2 CPUs, 500M memory for 2 ranks; stage `large` takes 3"
     assert found["submission"].startswith("fail: Slurm refuses")
     assert place.cluster.run("squeue", "-h") == ""
+
+
+def test_a_time_above_the_partitions_limit_is_named_at_once(real: Cluster, tmp_path: Path) -> None:
+    """In its first moments in the queue such a job has the reason `PartitionConfig`."""
+    options = Slurm(partition="short", time="30m", cpus_per_rank=1)
+    stage = Stage(real, tmp_path)
+    id = stage.submit(options)
+    first = options.ask([id])[id]
+    assert first.stuck and first.hint == "partition `short` allows 2 min, the job asks for 30 min: `launcher.time=2m`"
+    wide = Slurm(partition="short", time="1m", warn=10, nodes=4, ranks_per_node=1)
+    id = stage.submit(wide)
+    found = wide.ask([id])[id]
+    assert found.stuck and "4 nodes" in found.hint and "launcher.time" not in found.hint

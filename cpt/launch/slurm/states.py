@@ -170,14 +170,15 @@ def _with_limits(
     commands: Commands, found: dict[str, JobState], facts: dict[str, Facts], end: float
 ) -> dict[str, JobState]:
     """The same with the numbers of the partitions whose limits keep jobs from starting."""
-    late = [job for job in found.values() if job.stuck and job.reason == "PartitionTimeLimit"]
+    # In its first seconds in the queue a job that asks for too much time may have the other reason.
+    late = [j for j in found.values() if j.stuck and j.reason in ("PartitionTimeLimit", "PartitionConfig")]
     limits: dict[str, float | None] = {}
     for job in late:
         partition, asked = facts[job.id]["partition"], parse_limit(facts[job.id]["limit"])
         left = end - time.monotonic()
         if partition not in limits and len(limits) < 4 and left > 0:
             limits[partition] = _partition_limit(commands, partition, left)
-        if (allowed := limits.get(partition)) is not None:
+        if (allowed := limits.get(partition)) is not None and (asked is None or asked > allowed):
             wants = "no limit" if asked is None else _length(asked)
             hint = f"partition `{partition}` allows {_length(allowed)}, the job asks for {wants}"
             found[job.id] = replace(job, hint=f"{hint}: `launcher.time={allowed / 60:.0f}m`")
