@@ -33,10 +33,11 @@ def command(overrides: Overrides = None, plot: Plot = False, json: Json = False)
 def text(plan: RunPlan, next_command: Sequence[str] | None = None) -> str:
     """The plan for a person, with warnings unless `--quiet`."""
     from cpt.config import build
-    from cpt.report.plan_text import plan_text
+    from cpt.report.plan_text import plan_text, time_warnings
 
-    warnings = [] if talk.quiet else build.warnings(plan)
-    return plan_text(plan, cost(plan), warnings, shlex.join(next_command) if next_command else None)
+    budget = cost(plan)
+    warnings = [] if talk.quiet else [*build.warnings(plan), *time_warnings(plan, budget)]
+    return plan_text(plan, budget, warnings, shlex.join(next_command) if next_command else None)
 
 
 def cost(plan: RunPlan) -> Budget:
@@ -64,11 +65,12 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
 
     from cpt.config import build
     from cpt.plan.types import to_json
+    from cpt.report.plan_text import time_warnings
 
     estimates = cost(plan)
     return {
         "plan": to_json(plan),
-        "warnings": build.warnings(plan),
+        "warnings": [*build.warnings(plan), *time_warnings(plan, estimates)],
         "estimates": {
             **dataclasses.asdict(estimates),
             "seconds": estimates.seconds,

@@ -116,10 +116,22 @@ class Batch(Launcher):
 
     max_attempts: most attempts at a stage, whatever they gained.
     successors: jobs sent after each stage's own that go on where a queue does not start a job again; 0 = none.
+    requeue: the queue starts a job again that ended with work left.
     """
 
     max_attempts: int
     successors: int
+    requeue: bool
+
+    @property
+    def num_starts(self) -> int:
+        """How often the jobs of one stage are started."""
+        return self.max_attempts if self.requeue else min(self.max_attempts, 1 + self.successors)
+
+    @property
+    @abstractmethod
+    def work_seconds(self) -> float | None:
+        """For how long a job may work before it is told to save [s]; None = no limit that is known."""
 
     @abstractmethod
     def inside(self, environ: Mapping[str, str]) -> Inside | None:

@@ -227,6 +227,24 @@ def _job_rows(plan: RunPlan) -> list[list[str]]:
     return [["job", "asks for", "starts after"], *rows.values()]
 
 
+def time_warnings(plan: RunPlan, budget: Budget) -> list[str]:
+    """With a queue: the stages that need longer than all of their jobs together, one sentence each."""
+    launcher = launcher_of(plan.launcher)
+    each = launcher.work_seconds if isinstance(launcher, Batch) else None
+    if not isinstance(launcher, Batch) or each is None:
+        return []
+    starts, found = launcher.num_starts, []
+    for name, cost in budget.stages.items():
+        seconds = (cost.seconds or 0.0) + (cost.evaluating or 0.0)
+        if plan.stages[name].group is None and seconds > starts * each:
+            jobs = f"its {starts} jobs have" if starts > 1 else "its job has"
+            found.append(
+                f"stage `{name}` takes about {show.show_duration(seconds)}, and {jobs} {show.show_duration(each)} of "
+                f"work{' each' if starts > 1 else ''}: it will stop there, saved, and wait for `cpt resume`"
+            )
+    return found
+
+
 def _law_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
     """What a law stage runs, what that costs, and what it is asked."""
     options, cost = stage.options, proxy_cost(plan, stage.name)

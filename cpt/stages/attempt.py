@@ -362,10 +362,16 @@ def _main_end(job_path: Path, code: int) -> int:
     code = finish(attempt, _code_of_ranks(attempt, code) if job.queue_job is not None else code)
     if job.queue_job is not None and isinstance(launcher, Batch):
         word = _word(attempt, code, launcher)
-        if word != "repeat":
-            from cpt.stages import send
+        from cpt.stages import send
 
-            send.cancel_useless(plan, Path(job.run_dir), job.stage, job.queue_job, launcher, is_done=word == "done")
+        run_dir = Path(job.run_dir)
+        if word == "repeat" and not launcher.requeue and send.is_last(run_dir, job.stage, job.queue_job, launcher):
+            word = "stopped"
+            old = state.read(folder)
+            reason = f"{old.reason}; no job of it is left, `cpt resume {run_dir.name}` goes on"
+            state.write(folder, dataclasses.replace(old, reason=reason))
+        if word != "repeat":
+            send.cancel_useless(plan, run_dir, job.stage, job.queue_job, launcher, is_done=word == "done")
         sys.stdout.write(f"{word}\n")
         sys.stdout.flush()
         sys.stderr.write(f"note: stage `{job.stage}`: {_said(state.read(folder))}\n")

@@ -248,6 +248,13 @@ def cancel_useless(plan: RunPlan, run_dir: Path, name: str, job: str, launcher: 
             launcher.cancel(list(dict.fromkeys(ids)))
 
 
+def is_last(run_dir: Path, name: str, job: str, launcher: Batch) -> bool:
+    """Whether no other job of a stage waits or runs."""
+    ids = [j.id for j in batch.read_sent(run_dir).get(name, ()) if j.id and _is_other(j.id, job)]
+    there = (batch.PENDING, batch.RUNNING, batch.UNKNOWN)
+    return not ids or not any(said.state in there for said in launcher.ask(ids).values())
+
+
 def _is_other(id: str, job: str) -> bool:
     """Whether an id is not of a job or of the array that it belongs to."""
     return id != job and id.partition("_")[0] != job.partition("_")[0]

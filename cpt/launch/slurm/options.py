@@ -242,6 +242,10 @@ class Slurm(Batch):
         """Time limit of a job [s]; None = the partition's."""
         return None if self.time is None else parse_duration(self.time)
 
+    @property
+    def work_seconds(self) -> float | None:
+        return None if self.seconds is None else self.seconds - min(self.warn, self.seconds / 2)
+
     def num_devices(self) -> int | None:
         if self.nodes is None or self.ranks_per_node is None:
             return None
