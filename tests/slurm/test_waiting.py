@@ -169,3 +169,17 @@ def test_logs_are_followed_from_the_queue_to_the_end_of_the_attempt(place: Small
     assert "long  done at step 50" in said
     place.wait_done("followed")
     assert "short  step 5/5 " in place.cpt("logs", "-f", "followed/it")
+
+
+def test_a_stage_whose_jobs_are_used_up_says_so_and_takes_those_behind_it_along(place: Small) -> None:
+    place.cpt(*place.words("used", "launcher.requeue=false", "launcher.successors=1", "stages.long.tokens=256000"))
+    jobs = place.jobs("used")
+    for attempt, job in enumerate(jobs["long"], 1):
+        place.wait_step("used", "long", step=1, attempt=attempt)
+        place.cluster.run("scancel", "--signal=USR2", job)  # as at its time limit
+    place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 60)
+    status = place.cpt("status", "used/it")
+    assert place.state("used", "long").status == state.SAVED
+    assert "no job of it is left, `cpt resume it` goes on" in status
+    assert "short: left the queue because stage `long` was stopped" in status
+    assert not list((place.run_dir("used") / "stages" / "short" / "logs").glob("*")), "none of its jobs ran"
