@@ -41,11 +41,12 @@ def text(plan: RunPlan, next_command: Sequence[str] | None = None) -> str:
 
 
 def cost(plan: RunPlan) -> Budget:
-    """What the plan costs on this machine."""
+    """What the plan costs on this machine, or on the nodes of its cluster."""
     from cpt.config import machine
+    from cpt.launch import launcher_of
     from cpt.plan.budget import budget
 
-    return budget(plan, machine.devices(), machine.measured(plan))
+    return budget(plan, machine.devices(launcher_of(plan.launcher)), machine.measured(plan))
 
 
 def drawing(plan: RunPlan) -> str:

@@ -561,7 +561,7 @@ def _finish(
     work.errors += convert_checks.impossible(draft)
     work.errors += [*law_checks.too_costly(draft), *law_checks.unfittable(draft), *law_checks.wrong_table(draft)]
     with work.catching():
-        check_memory(draft, machine.devices())
+        check_memory(draft, machine.devices(made))
     work.stop_if_wrong()
     identities = {name: c.identity for name, c in outside.items()}
     done = fingerprint.with_fingerprints(draft, identities, _curves(stages))

@@ -11,6 +11,8 @@ from typing import Any
 
 from cpt.base.files import read_json
 from cpt.base.processes import num_cores
+from cpt.launch import Launcher
+from cpt.launch.batch import Batch
 from cpt.plan.budget import Devices, Measured
 from cpt.plan.types import RunPlan, Train, to_json
 
@@ -51,8 +53,10 @@ def why_unwritable(folder: Path) -> str | None:
     return None
 
 
-def devices() -> Devices:
-    """The devices of this machine."""
+def devices(launcher: Launcher | None = None) -> Devices:
+    """The devices that ranks compute on: of this machine, or with a queue what is said of its nodes."""
+    if isinstance(launcher, Batch):
+        return _of_nodes(launcher)
     names = _gpu_names()
     if not names:
         return Devices(
@@ -63,7 +67,7 @@ def devices() -> Devices:
             cores=num_cores(),
         )
     name = names[0]
-    peak = next((p for word, p in _PEAKS.items() if word in name), None)
+    peak = _peak(name)
     size = re.search(r"(\d+) ?GB", name)
     return Devices(
         kind="gpu",
@@ -71,6 +75,25 @@ def devices() -> Devices:
         memory=int(size[1]) * 10**9 if size else None,
         basis=f"{SHARE_OF_PEAK:.0%} of the peak of {name} assumed",
     )
+
+
+def _of_nodes(launcher: Batch) -> Devices:
+    """Devices that are not here: their memory is not known, their speed only by the kind that jobs ask for."""
+    if getattr(launcher, "gpus", "none") == "none":
+        cores = getattr(launcher, "cpus_per_rank", None) or 1
+        basis = f"{CORE_FLOPS_PER_S / 1e9:.0f} GFLOP/s a core assumed"
+        return Devices(kind="cpu", flops_per_s=CORE_FLOPS_PER_S * cores, basis=basis, cores=None)
+    name = getattr(launcher, "gres_type", None) or ""
+    if (peak := _peak(name.upper())) is None:
+        return Devices(kind="gpu")
+    return Devices(
+        kind="gpu", flops_per_s=peak * SHARE_OF_PEAK, basis=f"{SHARE_OF_PEAK:.0%} of the peak of `{name}` assumed"
+    )
+
+
+def _peak(name: str) -> float | None:
+    """Of a GPU by its name [FLOP/s]; None when it is not known."""
+    return next((peak for word, peak in _PEAKS.items() if word in name), None)
 
 
 def _gpu_names() -> list[str]:

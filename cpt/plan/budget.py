@@ -33,14 +33,14 @@ class Devices:
         flops_per_s: that one device keeps up in training; None = not known.
         memory: of one device, for CPUs of the machine [bytes]; None = not known.
         basis: where `flops_per_s` comes from, for people.
-        cores: of the machine, for CPUs: ranks share them.
+        cores: of the machine, for CPUs: ranks share them; None = each rank has its own.
     """
 
     kind: str = "cpu"
     flops_per_s: float | None = None
     memory: int | None = None
     basis: str = ""
-    cores: int = 1
+    cores: int | None = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,8 @@ def _flops_per_s(devices: Devices, ranks: int) -> float | None:
     """What so many ranks do together; those of a processor share its cores."""
     if not devices.flops_per_s:
         return None
-    return devices.flops_per_s * (min(ranks, devices.cores) if devices.kind == "cpu" else ranks)
+    shared = devices.kind == "cpu" and devices.cores is not None
+    return devices.flops_per_s * (min(ranks, devices.cores or 1) if shared else ranks)
 
 
 def _stage(

@@ -287,10 +287,14 @@ def _short(value: object) -> str:
 
 def _needs(plan: RunPlan, budget: Budget) -> list[str]:
     devices, memory = budget.devices, max(s.memory for s in budget.stages.values()) if budget.stages else 0.0
+    whole = f" of {show.show_bytes(devices.memory)} memory at peak" if devices.memory else " memory at peak"
     if devices.kind == "cpu":
-        cores = f"{devices.cores} core" + ("s" if devices.cores != 1 else "")
-        place = f"{budget.num_devices} rank" + ("s" if budget.num_devices != 1 else "") + f" on {cores}"
-        memory *= budget.num_devices
+        place = f"{budget.num_devices} rank" + ("s" if budget.num_devices != 1 else "")
+        if devices.cores is None:  # on nodes of a cluster
+            whole = " memory at peak of each rank"
+        else:
+            place += f" on {devices.cores} core" + ("s" if devices.cores != 1 else "")
+            memory *= budget.num_devices
     else:
         place = f"{budget.num_devices} GPU" + ("s" if budget.num_devices != 1 else "")
     fields = [place]
@@ -298,8 +302,7 @@ def _needs(plan: RunPlan, budget: Budget) -> list[str]:
         fields.append(f"about {show.show_duration(budget.seconds)}")
         if devices.kind == "gpu":
             fields.append(f"{budget.seconds / 3600 * budget.num_devices:,.1f} GPU-hours")
-    whole = f" of {show.show_bytes(devices.memory)}" if devices.memory else ""
-    fields.append(f"about {show.show_bytes(memory)}{whole} memory at peak")
+    fields.append(f"about {show.show_bytes(memory)}{whole}")
     count = sum(s.checkpoints for s in budget.stages.values())
     fields.append(f"{count} checkpoint{'s' if count != 1 else ''} of {show.show_bytes(budget.checkpoint_bytes)}")
     fields.append(f"{show.show_bytes(budget.disk)} disk")

@@ -32,7 +32,7 @@ def find(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The newest other run of the same recipe that has a stage, and how its stage differs from ours."""
+    """The newest other run of the same recipe that has begun a stage, and how its stage differs from ours."""
 
     run: str | None = None
     changed: tuple[str, ...] = ()
@@ -48,9 +48,10 @@ def nearest_run(plan: RunPlan, stage: StagePlan, run_dir: Path) -> Nearest:
             continue
         try:
             other = attempts.read_plan(folder)
+            began = state.read(attempts.stage_dir(folder, stage.name)).status != state.PENDING
         except CptError:
             continue
-        if plan.recipe and other.recipe == plan.recipe and stage.name in other.stages:
+        if began and plan.recipe and other.recipe == plan.recipe and stage.name in other.stages:
             when = file.stat().st_mtime
             if newest is None or when > newest[0]:
                 newest = (when, folder.name, other)

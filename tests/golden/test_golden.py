@@ -30,7 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CPT_CACHE", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(machine, "devices", lambda: CORES)
+    monkeypatch.setattr(machine, "devices", lambda *_: CORES)
     monkeypatch.setattr(machine, "measured", lambda plan: {})
     return write_project(tmp_path)
 
@@ -69,7 +69,7 @@ def test_plan_with_a_law(project: Path) -> None:
 
 @pytest.mark.parametrize("recipe", GIVEN)
 def test_plans_of_the_other_recipes(recipe: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "devices", lambda: GPUS)
+    monkeypatch.setattr(machine, "devices", lambda *_: GPUS)
     given = [f"sources.{name}=data/law.jsonl" for name in GIVEN[recipe]]
     same(f"plan_{recipe}", cpt("plan", f"recipe={recipe}", "base=base", *given, "--plot").out, project)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cpt.base.errors import PlanError
 from cpt.config import build, machine
+from cpt.launch.slurm.options import Slurm
 from cpt.plan.types import to_json
-from tests.command import write_project
+from tests.command import cpt, write_project
 
 
 @pytest.fixture
@@ -50,4 +52,24 @@ def test_a_damaged_run_is_passed_over(project: Path) -> None:
 
 def test_this_machine_has_devices_with_a_basis() -> None:
     found = machine.devices()
-    assert found.kind in ("cpu", "gpu") and found.basis and found.cores >= 1
+    assert found.kind in ("cpu", "gpu") and found.basis and (found.cores or 0) >= 1
+
+
+def test_a_run_on_a_cluster_is_not_measured_by_the_machine_that_it_is_sent_from(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_memory", lambda: 10**6)
+    monkeypatch.setattr(machine, "_gpu_names", list)
+    with pytest.raises(PlanError, match="this machine has 1.0 MB"):
+        build.plan("two", ["train.parallel.dp=2"])
+    sent = ["recipe=two", "train.parallel.dp=2", "launcher=slurm", "launcher.ranks_per_node=2"]
+    said = cpt("plan", *sent, "launcher.cpus_per_rank=4").out
+    assert "needs   2 ranks · about " in said and " memory at peak of each rank · " in said
+    said = cpt("plan", *sent, "launcher.gpus=gres", "launcher.gres_type=a100").out
+    assert "needs   2 GPUs · about " in said and "40% of the peak of `a100` assumed" in said
+    assert "speed of the devices not known" in cpt("plan", *sent, "launcher.gpus=gres").out
+
+
+def test_the_cores_of_a_rank_on_a_cluster_are_its_own() -> None:
+    found = machine.devices(Slurm(cpus_per_rank=4))
+    assert (found.cores, found.memory, found.flops_per_s) == (None, None, 4 * machine.CORE_FLOPS_PER_S)

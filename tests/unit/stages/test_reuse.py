@@ -7,18 +7,23 @@ from pathlib import Path
 
 from cpt.base.files import write_json
 from cpt.plan.types import RunPlan, to_json
-from cpt.stages import reuse
+from cpt.stages import reuse, state
 from tests.unit.stages.plans import changed, plan, stage
 
 
-def _write(runs: Path, name: str, one: RunPlan) -> None:
+def _write(runs: Path, name: str, one: RunPlan, status: str = state.SAVED) -> None:
     write_json(runs / name / "plan.json", to_json(one))
+    for stage_name in one.stages:
+        state.write(runs / name / "stages" / stage_name, state.State(status=status))
 
 
 def test_a_run_that_differs_in_a_few_values_is_named(tmp_path: Path) -> None:
     new = plan(changed(stage(), "f2", seed=2), runs=str(tmp_path))
     _write(tmp_path, "before", plan(stage(), runs=str(tmp_path)))
     assert reuse.nearest_run(new, new.stages["domain"], tmp_path / "new").changed == ("`seed` 1 → 2",)
+    _write(tmp_path, "later", plan(changed(stage(), "f3", seed=3), runs=str(tmp_path)), state.PENDING)
+    found = reuse.nearest_run(new, new.stages["domain"], tmp_path / "new")
+    assert found.run == "before", "a run that never began the stage has nothing to compare with"
 
 
 def test_runs_of_another_recipe_and_those_that_differ_in_much_are_not_compared_with(tmp_path: Path) -> None:
