@@ -21,9 +21,9 @@ from cpt.report.progress import StageNow
 from cpt.report.runs import names
 from cpt.report.table import aligned
 from cpt.stages import send, state
-from cpt.stages.attempt import attempts, read_plan
+from cpt.stages.attempt import attempts, read_plan, stop_asked
 
-QUEUED, STUCK, STARTING, DEAD, CANCELLED = "queued", "stuck", "starting", "dead", "cancelled"
+QUEUED, STUCK, STARTING, STOPPING, DEAD, CANCELLED = "queued", "stuck", "starting", "stopping", "dead", "cancelled"
 MOST_WARNINGS = 3  # shown of a stage
 TAIL_BYTES = 256 * 1024  # of each event file: some hundred steps
 
@@ -67,6 +67,7 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
     wandb: str | None = None  # why not all of it is at wandb
     unsent: str | None = None  # why the newest command sent nothing to the queue
+    is_asked_to_stop: bool = False  # by `cpt cancel`
 
 
 def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> RunStatus:
@@ -91,12 +92,16 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> Run
         if found.held_by is not None and now.rate:
             rate = now.rate
     held = lock.live_holder(folder) if folder.is_dir() else None
+    is_asked = stop_asked(folder)
+    if is_asked:
+        stages = [_asked_to_stop(s, state.read(folder / "stages" / s.name)) for s in stages]
     return RunStatus(
         name=plan.name,
         folder=str(folder),
         plan=plan.id,
         held_by=held.text() if held else None,
-        seconds_left=left / rate if rate else None,
+        seconds_left=left / rate if rate and not is_asked else None,
+        is_asked_to_stop=is_asked,
         stages=tuple(_with_reasons(plan, stages)),
         wandb=wandb.read_state(folder / wandb.FOLDER).get("problem"),
         unsent=_unsent(plan, folder, stages),
@@ -154,6 +159,13 @@ def _status(said: state.State, job: JobState | None, is_held: bool) -> str:
     if said.status == state.RUNNING and not (job is not None and job.state == batch.UNKNOWN):
         return DEAD
     return said.status
+
+
+def _asked_to_stop(stage: StageStatus, said: state.State) -> StageStatus:
+    """A stage of a run that was asked to stop: who works on it saves, and a job that starts now ends at once."""
+    if stage.status == state.RUNNING and stage.held_by is not None:
+        return dataclasses.replace(stage, status=STOPPING, seconds_left=None)
+    return dataclasses.replace(stage, status=said.status) if stage.status == STARTING else stage
 
 
 def _with_reasons(plan: RunPlan, stages: list[StageStatus]) -> list[StageStatus]:
@@ -386,9 +398,11 @@ def status_text(status: RunStatus, now: float) -> str:
             notes.append(f"{name}: result of `{show.plain(s.reused_from)}` is used")
         if s.held_by:
             attempt = f", attempt {s.attempt}" if s.attempt > 1 else ""
-            notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}")
+            asked = ", asked to save and stop" if s.status == STOPPING else ""
+            notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}{asked}")
         if s.job is not None and (s.job.state in (*batch.ACTIVE, batch.UNKNOWN) or s.status in (DEAD, state.FAILED)):
-            notes.append(f"{name}: {job_text(s.job)}")
+            ends = status.is_asked_to_stop and s.status == QUEUED
+            notes.append(f"{name}: {job_text(s.job)}" + ("; it ends at once when it starts" if ends else ""))
         if s.status == DEAD:
             again = f"`cpt resume {show.plain(status.name)}` goes on from its checkpoint"
             notes.append(f"{name}: nobody works on it any more; {again}")

@@ -280,7 +280,11 @@ def cancel(run_dir: Path, *, now: bool = False) -> dict[str, str]:
     sent = batch.read_sent(run_dir)
     found = states(run_dir, launcher)
     if any(s.state == batch.UNKNOWN for s in found.values()):
-        raise EnvironmentProblem("the queue does not answer", "jobs that start now stop by themselves; try again")
+        raise EnvironmentProblem(
+            "the queue does not answer",
+            "the job that runs was asked too: it saves and stops; those that wait end at once when they start. "
+            "`cpt cancel` again, when the queue answers, removes them",
+        )
     ids = [job.id for name in reversed(list(sent)) for job in reversed(sent[name]) if is_active(found, job)]
     waiting = [id for id in ids if found[id].state == batch.PENDING]
     launcher.cancel(waiting if not now else ids)

@@ -183,3 +183,19 @@ def test_a_stage_whose_jobs_are_used_up_says_so_and_takes_those_behind_it_along(
     assert "no job of it is left, `cpt resume it` goes on" in status
     assert "short: left the queue because stage `long` was stopped" in status
     assert not list((place.run_dir("used") / "stages" / "short" / "logs").glob("*")), "none of its jobs ran"
+
+
+def test_a_cancel_while_the_controller_is_away_stops_the_job_that_runs(place: Small) -> None:
+    place.cpt(*place.words("away-cancel", "stages.long.tokens=256000"))
+    place.wait_step("away-cancel", "long", step=1)
+    place.cluster.kill_controller()
+    try:
+        said = place.cpt("cancel", "away-cancel/it", code=3)
+        assert "the queue does not answer" in said and "the job that runs was asked too: it saves and stops" in said
+        place.wait(lambda: place.state("away-cancel", "long").status == state.SAVED, "saved", 60)
+        status = place.cpt("status", "away-cancel/it")
+        assert "starting" not in status and "long   saved" in status
+    finally:
+        place.cluster.start()
+    place.wait(lambda: not place.cluster.run("squeue", "-h"), "an empty queue", 90)
+    assert place.state("away-cancel", "short").attempt == 0

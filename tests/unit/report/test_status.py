@@ -14,6 +14,7 @@ from cpt.report import wandb
 from cpt.report.runs import find_run
 from cpt.report.status import read_status, status_json, status_text, tail
 from cpt.stages import state
+from cpt.stages.attempt import STOP_FILE
 from tests import made_run
 
 
@@ -44,6 +45,11 @@ def test_a_running_stage_names_who_works_on_it_and_how_long_it_takes(tmp_path):
         assert status.seconds_left == pytest.approx((75 + 50) * 0.6, rel=0.02)
         text = status_text(status, made_run.START + 200)
         assert "left    about 75 s" in text and "domain  running   45/120" in text
+        (run / STOP_FILE).touch()
+        status = read_status(run)
+        assert (status.stages[1].status, status.stages[1].seconds_left, status.seconds_left) == ("stopping", None, None)
+        text = status_text(status, made_run.START + 200)
+        assert ", asked to save and stop" in text and "left    about" not in text
     finally:
         held.release()
 
