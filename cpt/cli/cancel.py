@@ -23,13 +23,22 @@ def command(run: Run, wait: Wait = False, now: Now = False) -> int:
     """Ask a run to save and stop; the jobs of a queue that wait are removed. `cpt resume` goes on from there."""
     import time
 
+    from cpt.base.errors import UsageError
     from cpt.base.files import write_atomic
     from cpt.cli.flags import note, result
     from cpt.report.runs import find_run
     from cpt.stages import send
     from cpt.stages.attempt import STOP_FILE
 
-    folder = find_run(run)
+    try:
+        folder = find_run(run)
+    except UsageError:
+        jobs_left = [id for path in (Path(run), Path("runs", run)) for id in send.cancel_deleted(path.absolute())]
+        if not jobs_left:
+            raise
+        note(f"the folder of run `{run}` is gone")
+        result(f"removed from the queue: {', '.join(jobs_left)}")
+        return 0
     holders = holders_of(folder)
     write_atomic(folder / STOP_FILE, "asked by `cpt cancel`\n")  # before the queue: no job may start after this
     jobs = send.cancel(folder, now=now)

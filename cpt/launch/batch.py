@@ -188,8 +188,20 @@ class Batch(Launcher):
         """
 
     @abstractmethod
+    def of_run(self, run_dir: Path) -> dict[str, str]:
+        """The stage of each job of a run that waits or runs, by the job's id, also of those that were sent by hand.
+
+        Raises:
+            EnvironmentProblem: the queue does not answer.
+        """
+
+    @abstractmethod
     def ask(self, ids: Sequence[str]) -> dict[str, JobState]:
         """State of each job, by id; one question for all. Never raises: what cannot be asked is `unknown`."""
+
+    @abstractmethod
+    def lost(self, hosts: Sequence[str]) -> list[str]:
+        """Those of some machines that the queue has given up, by its own names. Never raises: none where it is away."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ attempt_N/failure.json            the first error of the first rank that failed
 
 from __future__ import annotations
 
+import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ _GOOD = (DONE, SAVED, GUARD)
 # Faults of the machine, which another attempt may not meet: a rank was killed or its node is gone, nothing moves any
 # more, ranks do not find each other or could not be started, a GPU or a disk failed under them.
 MACHINE = frozenset({"killed", "lost", "hang", "connect", "launch", "device", "io"})
+# Not so a command that cannot be executed: a person has to name another, or put it there.
+COMMAND = "command"
+_EXECVE = re.compile(r"execve\(\): (.+)")
+_NOT_EXECUTED = (126, 127)  # of a shell: found but not executable, not found
 
 
 def log_path(attempt_dir: Path, rank: int) -> Path:
@@ -33,6 +38,8 @@ def record_path(attempt_dir: Path, rank: int) -> Path:
 
 def write_record(attempt_dir: Path, rank: int, code: int, failure: Mapping[str, Any] | None = None) -> None:
     """A rank's last act: its exit code and, when it failed, what went wrong."""
+    if not attempt_dir.is_dir():
+        return  # a run that was deleted meanwhile is not made again for that
     write_json(record_path(attempt_dir, rank), {"rank": rank, "code": code, "time": time.time(), **(failure or {})})
 
 
@@ -43,6 +50,19 @@ def is_machine_fault(failure: Mapping[str, Any]) -> bool:
     another attempt is at work already (`fenced`).
     """
     return failure.get("kind") in MACHINE
+
+
+def not_executed(code: int, lines: Sequence[str]) -> str | None:
+    """What says that the command in front of the ranks cannot be executed; None when that is not why they ended.
+
+    Args:
+        code: of that command; a queue may give another's.
+        lines: what it printed last, no empty ones.
+    """
+    found = next((match[1] for line in lines if (match := _EXECVE.search(line))), None)
+    if found is not None or code not in _NOT_EXECUTED:
+        return found
+    return lines[-1].strip() if lines else f"exit code {code}"
 
 
 def last_step(attempt_dir: Path) -> int | None:

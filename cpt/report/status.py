@@ -85,7 +85,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> Run
         jobs = _ask([folder])
     stages, left, rate = [], 0, None
     for name in plan.stages:
-        found, now = _stage(plan, folder, name, _job(sent.get(name, ()), jobs))
+        found, now = _stage(plan, folder, name, sent.get(name, ()), jobs)
         stages.append(found)
         if found.status != state.DONE:
             left += (found.total_tokens or 0) - (found.tokens or 0)
@@ -181,9 +181,11 @@ def _with_reasons(plan: RunPlan, stages: list[StageStatus]) -> list[StageStatus]
     return found
 
 
-def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[StageStatus, StageNow]:
+def _stage(
+    plan: RunPlan, run: Path, name: str, sent: Sequence[Sent], jobs: Mapping[str, JobState]
+) -> tuple[StageStatus, StageNow]:
     own = run / "stages" / name
-    said = state.read(own)
+    said, job = state.read(own), _job(sent, jobs)
     now = StageNow(plan=plan.stages[name])
     warned: dict[str, None] = {}
     for event in newest_events(state.home(own)):
@@ -191,6 +193,9 @@ def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[S
         if event.get("kind") in ("warning", "note"):
             warned[_warning(event)] = None
     holder = lock.live_holder(own) if own.is_dir() else None
+    if holder is not None and job is not None and holder.job == job.id and job.state == batch.PENDING:
+        holder = None  # of an earlier start of the job, on a machine that was lost
+    early = send.early_end(run, plan, name, jobs) if holder is None else None
     train = plan.stages[name].train
     done = said.status == state.DONE
     step, tokens = now.step if now.started else said.step, now.tokens
@@ -199,7 +204,7 @@ def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[S
     return StageStatus(
         name=name,
         kind=plan.stages[name].kind,
-        status=_status(said, job, holder is not None),
+        status=state.FAILED if early is not None and early.is_known else _status(said, job, holder is not None),
         attempt=max(said.attempt, now.attempt),
         step=(train.steps if done else step) if train else None,
         steps=train.steps if train else None,
@@ -210,7 +215,7 @@ def _stage(plan: RunPlan, run: Path, name: str, job: JobState | None) -> tuple[S
         tokens_per_s=now.tokens_per_s,
         seconds_left=0.0 if done else now.seconds_left if holder else None,
         last_event=now.last,
-        reason=said.reason,
+        reason=early.reason if early is not None else said.reason,
         held_by=holder.text() if holder else None,
         reused_from=said.reference,
         losses=dict(now.losses),
@@ -400,7 +405,9 @@ def status_text(status: RunStatus, now: float) -> str:
             attempt = f", attempt {s.attempt}" if s.attempt > 1 else ""
             asked = ", asked to save and stop" if s.status == STOPPING else ""
             notes.append(f"{name}: worked on by {show.plain(s.held_by)}{attempt}{asked}")
-        if s.job is not None and (s.job.state in (*batch.ACTIVE, batch.UNKNOWN) or s.status in (DEAD, state.FAILED)):
+        is_told = s.job is not None and s.reason.startswith(f"job {s.job.id} ended: ")
+        ended_badly = s.status in (DEAD, state.FAILED) and not is_told
+        if s.job is not None and (s.job.state in (*batch.ACTIVE, batch.UNKNOWN) or ended_badly):
             ends = status.is_asked_to_stop and s.status == QUEUED
             notes.append(f"{name}: {job_text(s.job)}" + ("; it ends at once when it starts" if ends else ""))
         if s.status == DEAD:

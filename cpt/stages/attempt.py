@@ -27,6 +27,7 @@ from cpt.base.files import read_json, write_json
 from cpt.checkpoint import store
 from cpt.launch import Launcher, Work, batch, launcher_of, outcome
 from cpt.launch.batch import Batch, Inside
+from cpt.launch.heartbeat import read_beats
 from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
 from cpt.stages import STAGES, again, parents, record, state
 from cpt.stages.state import State
@@ -116,6 +117,9 @@ def begin(run_dir: Path, name: str, holder: lock.Holder, inside: Inside | None =
     try:
         old = state.read(folder)
         notes = [f"took over stage `{name}` from {dead.text()}, which is gone"] if dead else []
+        if dead is not None and inside is not None and (before := attempts(folder)):
+            with contextlib.suppress(OSError):
+                _name_lost(plan, before[-1], STAGES.get(stage.kind).num_ranks(stage), dead.host)
         start, parent = parents.resolve(plan, stage, run_dir)
         resume, skipped = store.newest_good(folder / "checkpoints")
         notes += [f"checkpoint `{path}` is passed over: {why}" for path, why in skipped]
@@ -197,6 +201,9 @@ def finish(attempt: Attempt, code: int, *, now: bool = False) -> int:
             code = outcome.conclude(attempt.folder, attempt.num_ranks)
             if code not in (DONE, SAVED, GUARD):
                 _explain_lost_parent(attempt, code_given)
+        if attempt.job.queue_job is not None and code not in (DONE, SAVED, GUARD):
+            _explain_command(attempt, code_given)
+            _name_lost(attempt.plan, attempt.folder, attempt.num_ranks, attempt.lock.holder.host)
         if code == DONE and (missing := parents.missing_result(attempt.stage, attempt.stage_dir)):
             code = FAILED
             _write_failure(attempt.folder, "result", f"the ranks ended well, but {missing}")
@@ -211,13 +218,53 @@ def _explain_lost_parent(attempt: Attempt, code: int) -> None:
     path = attempt.folder / "failure.json"
     found = read_json(path) if path.exists() else {"kind": "lost"}
     if found.get("kind") == "lost" and not any((attempt.folder / "ranks").glob("*.json")):
-        log = attempt.folder / "logs" / "launch.log"
-        last = [line for line in _tail(log) if line.strip()]
-        killed = code < 0 or not last
+        told = _of_silent_ranks(attempt) if attempt.job.queue_job is not None else {}
+        log = next(iter(told), attempt.folder / "logs" / "launch.log")
+        last = told.get(log) or [line for line in _tail(log) if line.strip()]
+        killed = code < 0 or not last or (bool(told) and outcome.last_step(attempt.folder) is not None)
         error = (
             "the parent process of the ranks was killed" if killed else f"the ranks did not start: {last[-1].strip()}"
         )
         _write_failure(attempt.folder, "launch", error, log=str(log))
+
+
+def _explain_command(attempt: Attempt, code: int) -> None:
+    """A failure for the case that what a queue starts ranks with (a container, an interpreter) cannot be executed."""
+    path = attempt.folder / "failure.json"
+    if path.exists() and read_json(path).get("kind") not in ("lost", "launch"):
+        return
+    told = _of_silent_ranks(attempt)
+    for log, lines in told.items():
+        if (line := outcome.not_executed(code, lines)) is not None:
+            hint = "`launcher.python` and `launcher.wrap_command` name it, as it is called on the nodes"
+            error = f"what starts the ranks cannot be executed: {line}"
+            _write_failure(attempt.folder, outcome.COMMAND, error, log=str(log), hints=[hint])
+            return
+
+
+def _name_lost(plan: RunPlan, folder: Path, num_ranks: int, host: str) -> bool:
+    """Name the machines of an attempt that the queue has given up as what ended it; whether there are some.
+
+    Args:
+        host: where its script ran.
+    """
+    path, launcher = folder / "failure.json", launcher_of(plan.launcher)
+    found = read_json(path) if path.exists() else {"kind": "lost"}
+    if not isinstance(launcher, Batch) or found.get("kind") not in ("lost", "launch", "killed", "connect"):
+        return False
+    lost = launcher.lost([host, *(beat.host for beat in read_beats(folder, num_ranks).values())])
+    if lost:
+        text = " and ".join(f"`{node}`" for node in lost)
+        log = found.get("log") or str(folder / "logs")
+        _write_failure(folder, "lost", f"{text} {'was' if len(lost) == 1 else 'were'} lost", log=log)
+    return bool(lost)
+
+
+def _of_silent_ranks(attempt: Attempt) -> dict[Path, list[str]]:
+    """The last lines in the logs of ranks that left no record, where there are some."""
+    logs = {rank: outcome.log_path(attempt.folder, rank) for rank in range(attempt.num_ranks)}
+    silent = [log for rank, log in logs.items() if not outcome.record_path(attempt.folder, rank).exists()]
+    return {log: lines for log in silent if (lines := [line for line in _tail(log) if line.strip()])}
 
 
 def _tail(path: Path) -> list[str]:

@@ -13,11 +13,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cpt.base import lock
 from cpt.base.errors import CptError, EnvironmentProblem, GuardStop, StageFailed, StoppedAndSaved, UsageError
-from cpt.launch import Work, batch, launcher_of
+from cpt.launch import LAUNCHERS, Work, batch, launcher_of
 from cpt.launch.batch import Batch, JobState, Order, Sent
 from cpt.plan.types import RunPlan, StagePlan
-from cpt.stages import state
+from cpt.stages import early, state
 from cpt.stages.attempt import attempts, failure_error, read_plan, stage_dir
 
 
@@ -64,6 +65,8 @@ def refuse_active(run_dir: Path) -> None:
     sent = batch.read_sent(run_dir)
     found = states(run_dir, launcher)
     active = [f"{job.id} (`{stage}`)" for stage, jobs in sent.items() for job in jobs if is_active(found, job)]
+    if not active and not any(s.state == batch.UNKNOWN for s in found.values()):
+        active = [f"{id} (`{stage}`, sent by hand)" for id, stage in launcher.of_run(run_dir).items()]
     if active:
         raise UsageError(
             f"`{run_dir}` has jobs in the queue: {', '.join(active[:5])}",
@@ -286,11 +289,28 @@ def cancel(run_dir: Path, *, now: bool = False) -> dict[str, str]:
             "`cpt cancel` again, when the queue answers, removes them",
         )
     ids = [job.id for name in reversed(list(sent)) for job in reversed(sent[name]) if is_active(found, job)]
+    by_hand = [id for id in launcher.of_run(run_dir) if id not in {i.partition("_")[0] for i in ids}]
+    found |= launcher.ask(by_hand)
+    ids += by_hand
     waiting = [id for id in ids if found[id].state == batch.PENDING]
     launcher.cancel(waiting if not now else ids)
     if not now and (running := [id for id in ids if id not in waiting]):
         launcher.ask_to_stop(running)
     return {id: found[id].state for id in ids}
+
+
+def cancel_deleted(run_dir: Path) -> list[str]:
+    """Take the jobs of a run whose folder was deleted out of the queue of this machine; none where there is none."""
+    ids: list[str] = []
+    for name in LAUNCHERS:
+        made = LAUNCHERS.get(name)
+        if issubclass(made, Batch):
+            with contextlib.suppress(EnvironmentProblem):
+                launcher = made()
+                found = launcher.of_run(run_dir)
+                launcher.cancel(sorted(found, key=int, reverse=True))
+                ids += found
+    return ids
 
 
 def is_in_queue(run_dir: Path) -> bool:
@@ -329,17 +349,34 @@ def wait_for_jobs(run_dir: Path, plan: RunPlan, note: Callable[[str], None]) -> 
             asked = time.monotonic()
             jobs = states(run_dir, launcher)
             if not any(s.state in (*batch.ACTIVE, batch.UNKNOWN) for s in jobs.values()):
-                return _end(run_dir, plan)
+                return _end(run_dir, plan, jobs)
         time.sleep(_LOOK_SECONDS)
 
 
-def _end(run_dir: Path, plan: RunPlan) -> CptError | None:
+def early_end(run_dir: Path, plan: RunPlan, name: str, jobs: Mapping[str, JobState]) -> early.Early | None:
+    """How the newest job of a stage ended, where it ended before the stage began.
+
+    Args:
+        jobs: what the queue says, by id.
+    """
+    sent = batch.read_sent(run_dir).get(name, ())
+    return early.find(run_dir, plan, name, sent, jobs, needs(plan, plan.stages[name]))
+
+
+def _end(run_dir: Path, plan: RunPlan, jobs: Mapping[str, JobState]) -> CptError | None:
     """The error of a run whose jobs have ended."""
     for name, stage in plan.stages.items():
         found = state.read(stage_dir(run_dir, name))
         if found.status == state.DONE:
             continue
         again = f"cpt resume {run_dir.name}"
+        if (ended := early_end(run_dir, plan, name, jobs)) is not None:
+            # The queue forgets it; what is known now is the stage's state from here on.
+            if ended.is_known and lock.live_holder(stage_dir(run_dir, name)) is None:
+                failed = dataclasses.replace(found, status=state.FAILED, reason=ended.reason, updated=time.time())
+                state.write(stage_dir(run_dir, name), failed)
+            job = f"`cpt logs {run_dir.name} --stage {name} --job` shows all that it printed"
+            return StageFailed(f"stage `{name}` failed: {ended.reason}", job, f"`{again}` goes on")
         folders = attempts(stage_dir(run_dir, name))
         if found.guard is not None:
             return GuardStop(f"stage `{name}` was ended by its guard `stop_if` at step {found.step:,}")

@@ -219,6 +219,18 @@ class Commands:
         found = self._all(token, seconds)
         return found[0] if found else None
 
+    def printing_into(self, folder: Path) -> dict[str, str]:
+        """The waiting and running jobs whose log lies in a folder, by id, with the name of the folder inside of it.
+
+        The script itself says where it prints: that stays the same however it was submitted.
+        """
+        columns = {"ArrayJobID": 20, "STDOUT": 4000}
+        said = self.run("squeue", "-a", "-h", "--me", "-O", layout(columns))
+        _check(said, "the list of jobs")
+        start = f"{folder}/".replace("%", "%%")
+        found = {id: log[len(start) :].partition("/")[0] for id, log in rows(said, columns) if log.startswith(start)}
+        return {id: name.replace("%%", "%") for id, name in found.items()}
+
     def requeue(self, job: str) -> None:
         """Put a running job back into the queue, under the same id.
 

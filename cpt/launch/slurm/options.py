@@ -310,11 +310,22 @@ class Slurm(Batch):
 
         return Commands().find(token)
 
+    def of_run(self, run_dir: Path) -> dict[str, str]:
+        from cpt.launch.slurm.commands import Commands
+
+        return Commands().printing_into(run_dir / "stages")
+
     def ask(self, ids: Sequence[str]) -> dict[str, JobState]:
         from cpt.launch.slurm.commands import Commands
         from cpt.launch.slurm.states import ask
 
         return ask(Commands(), ids)
+
+    def lost(self, hosts: Sequence[str]) -> list[str]:
+        from cpt.launch.slurm.commands import Commands
+        from cpt.launch.slurm.states import lost
+
+        return lost(Commands(), hosts)
 
     def cancel(self, ids: Sequence[str]) -> None:
         from cpt.launch.slurm.commands import Commands

@@ -55,6 +55,7 @@ _COLUMNS = {
 _NO_LIMIT = ("UNLIMITED", "365-00:00:00")  # the second once it runs
 _NO_LOG = 53  # in place of a signal: the script was not even begun
 _ID = re.compile(r"\d+(_\d+)?", re.ASCII)
+_HOST = re.compile(r"[\w.-]+", re.ASCII)
 
 # Of an array that is asked for as one job: what one of its elements is, the whole is.
 _FIRST = (RUNNING, ENDING, PENDING, UNKNOWN, LOST, TIMEOUT, FAILED, CANCELLED, GONE, DONE)
@@ -118,6 +119,19 @@ def ask(commands: Commands, ids: Iterable[str], *, seconds: float = 3.0) -> dict
     if missing := [job for job in valid if not _of(job, found)]:
         found |= _accounts(commands, missing, end)
     return {job: _combined(job, _of(job, found)) for job in wanted}
+
+
+def lost(commands: Commands, hosts: Sequence[str], *, seconds: float = 3.0) -> list[str]:
+    """The nodes that are down or do not answer, of some hosts; none where Slurm does not say it."""
+    names = sorted({host.partition(".")[0] for host in hosts if _HOST.fullmatch(host)})
+    if not names:
+        return []
+    try:
+        said = commands.run("sinfo", "-h", "-N", "-n", ",".join(names), "-o", "%N %T", seconds=seconds)
+    except CptError:
+        return []
+    found = dict(line.split()[:2] for line in said.out.splitlines() if len(line.split()) > 1)
+    return [name for name in names if found.get(name, "").startswith("down") or found.get(name, "").endswith("*")]
 
 
 def explain(job: JobState, facts: Facts) -> JobState:
