@@ -132,6 +132,8 @@ def checks(
     yield "clock", lambda: _clock(asked)
     if options.container is not None:
         yield "container", lambda: _container(asked)
+    if options.wrap_command or (options.python is not None and options.container is None):
+        yield "command", lambda: _command(asked, options)
     if options.interface:
         yield "interface", lambda: _interface(options)
     yield "shared files", lambda: _shared(runs, cache, options)
@@ -475,6 +477,18 @@ def _interface(options: Slurm) -> Check:
         hint = "fine where the nodes have one: `srun -N1 ip -brief address` lists those of a node"
         return Check("warn", "interface", error.message, hint)
     return Check("ok", "interface", f"this machine has `{name}`; those of nodes cannot be seen without a job")
+
+
+def _command(asked: Asked, options: Slurm) -> Check:
+    """What starts the ranks can be executed, as far as this machine is like the nodes."""
+    key = "wrap_command" if options.wrap_command else "python"
+    word = options.wrap_command[0] if options.wrap_command else str(options.python)
+    found = shutil.which(word, path=asked.commands.environ.get("PATH"))
+    if found is not None:
+        return Check("ok", "command", f"`launcher.{key}`: `{found}`")
+    why = "cannot be executed" if os.path.exists(word) else "is not there"
+    hint = "fine where the nodes have it, or `launcher.environment` brings it; else every stage fails at its start"
+    return Check("warn", "command", f"`launcher.{key}`: `{word}` {why} on this machine", hint)
 
 
 def _shared(runs: Path, cache: Path, options: Slurm) -> Check:

@@ -94,6 +94,21 @@ def test_what_works_with_losses_is_a_warning(ask: Callable[..., dict[str, Check]
     assert account.status == "warn" and "keeps no accounts" in account.found
 
 
+def test_a_command_that_is_not_on_this_machine_is_a_warning_as_nodes_may_have_it(
+    ask: Callable[..., dict[str, Check]], cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "locked").write_text("#!/bin/sh\n")
+    assert "command" not in ask(cluster), "the interpreter that asks is there"
+    for words, says in (
+        ("launcher.python=/none/python", "`launcher.python`: `/none/python` is not there on this machine"),
+        ("launcher.wrap_command=[no-such-wrapper,exec]", "`launcher.wrap_command`: `no-such-wrapper` is not there"),
+        (f"launcher.wrap_command=[{tmp_path}/locked]", f"`{tmp_path}/locked` cannot be executed on this machine"),
+    ):
+        found = ask(cluster, words)
+        assert failed(found) == [] and found["command"].status == "warn" and says in found["command"].found
+    assert ask(cluster, "launcher.wrap_command=[env,A=1]")["command"].status == "ok"
+
+
 def test_a_node_that_is_down_is_a_warning(ask: Callable[..., dict[str, Check]], cluster: Cluster) -> None:
     cluster.crash("node2", tell=True)
     try:
