@@ -12,6 +12,7 @@ from cpt.cli.cancel import Run
 from cpt.cli.flags import Json, Yes
 
 if TYPE_CHECKING:
+    from cpt.base.errors import CptError
     from cpt.stages.run import Rebuild
 
 Accept = Annotated[bool, typer.Option("--accept-changes", help="Go on with unfinished stages under a changed plan.")]
@@ -30,6 +31,7 @@ def command(
     """Go on with what is not done of a run: the command that began it, again, where it was typed."""
     import os
 
+    from cpt.base.errors import CptError
     from cpt.cli import run as run_command
     from cpt.report.runs import find_run
 
@@ -39,7 +41,20 @@ def command(
     make = _rebuild(words, folder)
     if plan_only:
         return _take_laws(folder, make)
-    return run_command.go(make, accept_changes=accept_changes, yes=yes, wait=wait, json=json)
+    try:
+        return run_command.go(make, accept_changes=accept_changes, yes=yes, wait=wait, json=json)
+    except CptError as error:
+        _name_fresh(error, words)
+        raise
+
+
+def _name_fresh(error: CptError, words: list[str]) -> None:
+    """`--fresh` is an option of the run's own command, and not of this one."""
+    import shlex
+
+    command = shlex.join(["cpt", *words, *([] if "--fresh" in words else ["--fresh"])])
+    for one in (error, *error.more):
+        one.hints = tuple(hint.replace("`--fresh`", f"`{command}`") for hint in one.hints)
 
 
 def began_by(folder: Path) -> tuple[list[str], Path]:

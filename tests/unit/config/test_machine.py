@@ -60,7 +60,7 @@ def test_a_run_on_a_cluster_is_not_measured_by_the_machine_that_it_is_sent_from(
 ) -> None:
     monkeypatch.setattr(machine, "_memory", lambda: 10**6)
     monkeypatch.setattr(machine, "_gpu_names", list)
-    with pytest.raises(PlanError, match="this machine has 1.0 MB"):
+    with pytest.raises(PlanError, match=r"this machine has 1\.0 MB"):
         build.plan("two", ["train.parallel.dp=2"])
     sent = ["recipe=two", "train.parallel.dp=2", "launcher=slurm", "launcher.ranks_per_node=2"]
     said = cpt("plan", *sent, "launcher.cpus_per_rank=4").out
