@@ -106,7 +106,7 @@ def test_a_command_that_is_not_on_this_machine_is_a_warning_as_nodes_may_have_it
     ):
         found = ask(cluster, words)
         assert failed(found) == [] and found["command"].status == "warn" and says in found["command"].found
-    assert ask(cluster, "launcher.wrap_command=[env,A=1]")["command"].status == "ok"
+    assert ask(cluster, "launcher.wrap_command=[env,-i]")["command"].status == "ok"
 
 
 def test_a_node_that_is_down_is_a_warning(ask: Callable[..., dict[str, Check]], cluster: Cluster) -> None:
