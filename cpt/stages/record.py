@@ -53,6 +53,15 @@ def write_command(run_dir: Path, command: Sequence[str], now: float) -> None:
     write_atomic(path, f"{old}# {when}\n{shlex.join(command)}\n")
 
 
+def is_fresh(run_dir: Path) -> bool:
+    """Whether a run was begun by a command with `--fresh`: nothing in it comes from another run."""
+    try:
+        lines = (run_dir / "command.txt").read_text(encoding="utf-8").splitlines()
+        return any("--fresh" in shlex.split(line) for line in lines[:2] if not line.startswith("#"))
+    except (OSError, ValueError):
+        return False
+
+
 def environment(cwd: Path, environ: Mapping[str, str], now: float) -> dict[str, Any]:
     """Versions, machine and code, as they are now."""
     return {

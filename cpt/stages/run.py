@@ -349,6 +349,7 @@ class _Stages:
         self.changes = changes
         self.launcher = launcher_of(self.plan.launcher)
         self.to_send: list[StagePlan] = []
+        self.is_fresh = settings.fresh or record.is_fresh(self.run_dir)
         self.first: dict[str, int] = {}  # by stage the first attempt of this command
         self.again = shlex.join(settings.command)
         self.latest: dict[str, Any] = {
@@ -430,9 +431,8 @@ class _Stages:
         found = state.read(folder)
         newest, _ = parents.store.newest_whole(folder / "checkpoints")
         done_home = state.home(folder)
-        alike = (
-            None if found.status == state.DONE or self.settings.fresh else reuse.find(self.plan, stage, self.run_dir)
-        )
+        own = found.status == state.DONE or self.is_fresh
+        alike = None if own else reuse.find(self.plan, stage, self.run_dir)
         nearest = reuse.Nearest(changed=tuple(self.changes.get(stage.name, ())))
         if found.status == state.PENDING and not nearest.changed and alike is None:
             nearest = reuse.nearest_run(self.plan, stage, self.run_dir)

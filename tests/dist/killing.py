@@ -54,9 +54,9 @@ class Runs:
         """Start `cpt run` in the background; its output goes to `<runs>.out`."""
         return self._start(runs, "run", f"recipe={self.recipe}", f"runs={runs}", "name=it", *overrides)
 
-    def resume(self, runs: str) -> Running:
+    def resume(self, runs: str, name: str = "it") -> Running:
         """Go on with a run in the background, by `cpt resume`."""
-        return self._start(runs, "resume", f"{runs}/it")
+        return self._start(runs, "resume", f"{runs}/{name}")
 
     def _start(self, runs: str, *words: str) -> Running:
         run_dir = self.folder / runs / "it"

@@ -138,11 +138,16 @@ def test_a_stage_that_is_further_than_the_new_plan_is_refused(runs: Runs) -> Non
     assert short.process.returncode == 2 and "the new plan ends it at step 1" in short.text()
 
 
-def test_fresh_starts_again_in_a_new_folder(runs: Runs) -> None:
+def test_fresh_starts_again_in_a_new_folder_and_so_does_what_resumes_it(runs: Runs) -> None:
     before = read_json(runs.folder / "first" / "it" / "plan.json")
-    done = runs.finish("first", "--fresh", "~stages.measure", "~stages.export", "~stages.native", "~stages.more")
-    assert done.process.returncode == 0, done.text()[-3000:]
-    assert (runs.folder / "first" / "it-2" / "stages" / "domain" / "attempt_1").is_dir()
+    fresh = runs.start("first", "--fresh", "~stages.export", "~stages.native", "~stages.more")
+    stages = runs.folder / "first" / "it-2" / "stages"
+    fresh.wait_until((stages / "domain" / "attempt_1" / "events.jsonl").exists, "its first stage")
+    fresh.process.send_signal(signal.SIGINT)
+    assert fresh.process.wait(120) == 75, fresh.text()[-3000:]
+    resumed = runs.resume("first", "it-2")
+    assert resumed.process.wait(300) == 0, resumed.text()[-3000:]
+    assert (stages / "measure" / "attempt_1").is_dir() and state.read(stages / "measure").reference is None
     assert read_json(runs.folder / "first" / "it" / "plan.json") == before
 
 

@@ -20,6 +20,17 @@ def test_secrets_of_the_environment_are_not_written_down(tmp_path: Path) -> None
     assert found["variables"] == {"OMP_NUM_THREADS": "2"}
 
 
+def test_a_run_is_fresh_by_its_first_command(tmp_path: Path) -> None:
+    assert not record.is_fresh(tmp_path)
+    record.write_command(tmp_path, ["cpt", "run", "recipe=a", "--fresh"], 0.0)
+    record.write_command(tmp_path, ["cpt", "resume", "a-2"], 1.0)
+    assert record.is_fresh(tmp_path)
+    (tmp_path / "command.txt").unlink()
+    record.write_command(tmp_path, ["cpt", "run", "name=--fresh run"], 0.0)
+    record.write_command(tmp_path, ["cpt", "run", "--fresh"], 1.0)
+    assert not record.is_fresh(tmp_path)
+
+
 def test_the_commit_and_what_was_not_committed_are_written_down(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
