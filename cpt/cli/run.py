@@ -232,9 +232,12 @@ def _agreed(plan: RunPlan) -> bool:
 
 def _finish(result: Result, screen: Screen, json: bool) -> int:
     """The table, the report and the next command; then the error, if the run ended with one."""
+    import shlex
+
     from cpt.base.errors import DONE, GUARD
     from cpt.cli.flags import result as say
     from cpt.cli.flags import result_json
+    from cpt.report import wandb
 
     page, laws = _report(result.run_dir), _law_pages(result.run_dir)
     if json:
@@ -249,6 +252,8 @@ def _finish(result: Result, screen: Screen, json: bool) -> int:
             say(f"law     {law}")
         for line in _law_lines(result.run_dir):
             say(f"law     {line}")
+        if wandb.is_only_here(result.run_dir):
+            say(f"wandb   `cpt sync {shlex.quote(os.path.relpath(result.run_dir))}` sends what was written offline")
     if result.error is not None:
         raise result.error
     if not json:

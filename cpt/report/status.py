@@ -66,6 +66,7 @@ class RunStatus:
     seconds_left: float | None
     stages: tuple[StageStatus, ...]
     wandb: str | None = None  # why not all of it is at wandb
+    is_offline: bool = False  # what wandb was told is in the run folder only
     unsent: str | None = None  # why the newest command sent nothing to the queue
     is_asked_to_stop: bool = False  # by `cpt cancel`
 
@@ -104,6 +105,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None = None) -> Run
         is_asked_to_stop=is_asked,
         stages=tuple(_with_reasons(plan, stages)),
         wandb=wandb.read_state(folder / wandb.FOLDER).get("problem"),
+        is_offline=wandb.is_only_here(folder),
         unsent=_unsent(plan, folder, stages),
     )
 
@@ -426,6 +428,8 @@ def status_text(status: RunStatus, now: float) -> str:
     if status.wandb:
         later = wandb.LATER.replace("cpt sync", f"cpt sync {show.plain(status.name)}")
         notes.append(f"wandb failed: {show.plain(status.wandb)}; {later}")
+    elif status.is_offline:
+        notes.append(f"wandb is offline: `cpt sync {show.plain(status.name)}` sends what was written")
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 

@@ -113,6 +113,14 @@ def sync(run_dir: Path, wait: Callable[[str], None], seconds: float = 3600.0) ->
     return WandbSink(run_dir, command).close(seconds)
 
 
+def is_only_here(run_dir: Path) -> bool:
+    """Whether wandb was told something offline that was not sent since."""
+    sent = read_state(run_dir / FOLDER).get("sent")
+    modes = sent if isinstance(sent, dict) else {}
+    there = modes.get("online", {})
+    return any(count > there.get(name, 0) for name, count in modes.get("offline", {}).items())
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """What `sent.json` says: id, problem, and by mode how many bytes of each event file were sent (`begun`: when the
     process that is at it began).

@@ -103,7 +103,10 @@ def test_a_chain_with_a_requeue_is_one_run_to_which_every_step_is_told_once(plac
     losses = [row for row in rows if "valid/loss/even" in row]
     assert {row["stage"] for row in losses} == {"first", "second"}
     assert max(row["tokens"] for row in rows) == 15360 + 2560
-    assert "wandb" not in place.cpt("status", "offline/it")
+    status = place.cpt("status", "offline/it")
+    assert "wandb failed" not in status and "wandb is offline: `cpt sync it` sends what was written" in status
+    again = place.send("offline", "tracking.wandb=offline", "--wait")
+    assert "wandb   `cpt sync offline/it` sends what was written offline" in again
 
 
 def test_a_network_that_never_answers_delays_and_fails_nothing(place: Place) -> None:

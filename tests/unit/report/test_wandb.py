@@ -14,6 +14,7 @@ import pytest
 
 from cpt.base.files import read_json, write_json
 from cpt.report import wandb
+from cpt.report.status import read_status, status_text
 from cpt.report.wandb_process import Sent, alone, values
 from tests import made_run
 
@@ -82,7 +83,10 @@ def test_an_offline_run_is_sent_whole_by_sync(run, fake):
     _, told = fake
     wandb.WandbSink(run).close(30)
     before = len(told())
+    says = f"wandb is offline: `cpt sync {run.name}` sends what was written"
+    assert wandb.is_only_here(run) and says in status_text(read_status(run), time.time())
     assert wandb.sync(run, lambda text: None) is None
+    assert not wandb.is_only_here(run) and says not in status_text(read_status(run), time.time())
     again = told()[before:]
     assert again[0] == ["init", {"id": told()[0][1]["id"], "mode": "online"}]
     assert len(again) == before
