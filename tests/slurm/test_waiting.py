@@ -125,7 +125,7 @@ def test_what_slurm_refuses_only_when_it_is_sent(place: Small) -> None:
     said = place.cpt(*place.words("sending", too_large), code=2)
     assert "Slurm refuses `job.sbatch`" in said and "node configuration is not available" in said
     assert not place.run_dir("sending").exists()
-    place.cpt(*place.words("sending"))
+    place.cpt(*place.words("sending", "launcher.extra={begin: 'now+1hour'}"))
     place.cpt("cancel", "sending/it", "--wait")
     assert "nothing was sent" not in place.cpt("status", "sending/it")
     place.cpt(*place.words("sending", too_large), code=2)
