@@ -336,7 +336,7 @@ def wait_for_jobs(run_dir: Path, plan: RunPlan, note: Callable[[str], None]) -> 
     launcher = launcher_of(plan.launcher)
     assert isinstance(launcher, Batch)
     said: dict[str, str] = {}
-    asked = 0.0
+    asked, stuck = 0.0, None
     while True:
         now = {name: state.read(stage_dir(run_dir, name)) for name in plan.stages}
         for name, found in now.items():
@@ -350,7 +350,21 @@ def wait_for_jobs(run_dir: Path, plan: RunPlan, note: Callable[[str], None]) -> 
             jobs = states(run_dir, launcher)
             if not any(s.state in (*batch.ACTIVE, batch.UNKNOWN) for s in jobs.values()):
                 return _end(run_dir, plan, jobs)
+            before, stuck = stuck, what_holds_all(jobs)
+            if before is not None and stuck is not None:  # twice: a reason of the first seconds may pass
+                return EnvironmentProblem(
+                    f"job {stuck.id} {stuck_text(stuck)}",
+                    f"the jobs stay in the queue: `cpt resume {run_dir.name} --wait` waits again once it can start, "
+                    f"`cpt cancel {run_dir.name}` takes them out",
+                )
         time.sleep(_LOOK_SECONDS)
+
+
+def what_holds_all(jobs: Mapping[str, JobState]) -> JobState | None:
+    """A job that will never start by itself, when all others that are left are such jobs, too, or wait for others."""
+    left = [s for s in jobs.values() if s.state in (*batch.ACTIVE, batch.UNKNOWN)]
+    can_start = any(not s.stuck and (s.state != batch.PENDING or s.reason != "Dependency") for s in left)
+    return None if can_start else next((s for s in left if s.stuck), None)
 
 
 def early_end(run_dir: Path, plan: RunPlan, name: str, jobs: Mapping[str, JobState]) -> early.Early | None:

@@ -118,3 +118,12 @@ def test_a_time_above_the_partitions_limit_is_named_at_once(real: Cluster, tmp_p
     id = stage.submit(wide)
     found = wide.ask([id])[id]
     assert found.stuck and "4 nodes" in found.hint and "launcher.time" not in found.hint
+
+
+def test_who_waits_for_jobs_that_never_start_is_told_so(place: Place) -> None:
+    words = ("recipe=two", "runs=r", "name=it", *ON_SLURM, "launcher.partition=short", "launcher.time=30m")
+    said = place.cpt("run", *words, "--wait", code=3)
+    why = "will not start by itself: PartitionTimeLimit; partition `short` allows 2 min, the job asks for 30 min"
+    assert f"error: job {place.job('r', 'small')} {why}" in said and "`cpt cancel it` takes them out" in said
+    assert len(place.cluster.run("squeue", "-h", "-o", "%i").split()) == 2
+    place.cpt("cancel", "r/it", "--wait")

@@ -10,7 +10,7 @@ import pytest
 
 from cpt.base.errors import CptError, EnvironmentProblem, UsageError
 from cpt.launch import Work, batch
-from cpt.launch.batch import Order
+from cpt.launch.batch import JobState, Order
 from cpt.launch.slurm.options import Slurm
 from cpt.stages import send
 from cpt.stages.attempt import work_of
@@ -50,3 +50,22 @@ def test_a_chain_with_successors_is_taken_back_as_a_whole(tmp_path: Path, takes:
     assert queue.there == []
     unanswered = [job for jobs in batch.read_sent(tmp_path / "it").values() for job in jobs if not job.id]
     assert len(unanswered) == (0 if isinstance(error, UsageError) else 1), "it may be there all the same"
+
+
+@pytest.mark.parametrize(
+    ("others", "holds"),
+    [
+        ([], True),
+        ([JobState(id="2", state=batch.PENDING, reason="Dependency")], True),
+        ([JobState(id="2", state=batch.DONE)], True),
+        ([JobState(id="2", state=batch.RUNNING)], False),
+        ([JobState(id="2", state=batch.PENDING, reason="BeginTime")], False),
+        ([JobState(id="2", state=batch.PENDING, reason="Resources")], False),
+        ([JobState(id="2", state=batch.UNKNOWN)], False),
+    ],
+)
+def test_a_wait_ends_when_no_job_that_is_left_can_start(others: list[JobState], holds: bool) -> None:
+    stuck = JobState(id="1", state=batch.PENDING, reason="PartitionTimeLimit", stuck=True)
+    found = send.what_holds_all({job.id: job for job in [*others, stuck]})
+    assert (found == stuck) is holds
+    assert send.what_holds_all({job.id: job for job in others}) is None
