@@ -127,3 +127,15 @@ def test_who_waits_for_jobs_that_never_start_is_told_so(place: Place) -> None:
     assert f"error: job {place.job('r', 'small')} {why}" in said and "`cpt cancel it` takes them out" in said
     assert len(place.cluster.run("squeue", "-h", "-o", "%i").split()) == 2
     place.cpt("cancel", "r/it", "--wait")
+
+
+def test_status_and_who_waits_say_which_line_of_the_environment_failed(place: Place) -> None:
+    said = place.cpt(
+        *("run", "recipe=two", "runs=r", "name=it", *ON_SLURM, "--wait"),
+        'launcher.environment=["export A=1", "module load nope/1.0"]',
+        code=1,
+    )
+    line = "error: `launcher.environment`: this line failed (exit code 127): module load nope/1.0"
+    assert line in said and "ended: FAILED (exit code 2) before the stage began" in said
+    status = place.cpt("status", "r/it")
+    assert line in status and "failed" in status
