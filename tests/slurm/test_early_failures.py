@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cpt.base.errors import FAILED
 from cpt.base.files import read_json
-from cpt.stages import state
+from cpt.stages import send, state
+from cpt.stages.attempt import read_plan
 from tests.dist import killing
 from tests.slurm.conftest import Cluster
 from tests.slurm.test_runs import ON_SLURM, TRAIN, Place
@@ -71,6 +73,25 @@ def test_status_says_so_though_nobody_waited_and_the_job_printed_nothing(place: 
     status = place.cpt("status", "silent/it")
     assert "(exit code 7) before the stage began; it printed nothing; `launcher.environment` runs first" in status
     assert re.search(r"^long +failed ", status, re.MULTILINE)
+
+
+def test_a_job_that_slurm_has_forgotten_is_said_to_be_gone_and_does_not_end_with_75(
+    place: Place, clusters: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm without accounts forgets a job a few seconds after its end here."""
+    young = Place(place.folder, clusters("forgetful", "--set", "MinJobAge=2"))
+    young.send("forgotten", 'launcher.environment=["echo no such module","exit 7"]')
+    job = young.job("forgotten", "long")
+    young.wait(lambda: young.cluster.state(job) == "", "the queue forgets the job")
+    status = young.cpt("status", "forgotten/it")
+    assert (
+        f"long: job {job} left the queue before the stage began, and how it ended cannot be told: the queue" in status
+    )
+    assert "it printed last: no such module" in status
+    monkeypatch.setenv("SLURM_CONF", young.cluster.environ["SLURM_CONF"])
+    run_dir = young.run_dir("forgotten")
+    error = send.wait_for_jobs(run_dir, read_plan(run_dir), print)
+    assert error is not None and error.exit_code == FAILED and "cannot be told" in error.message
 
 
 def test_a_job_that_was_cancelled_before_its_stage_began_has_not_failed(place: Place) -> None:
@@ -140,7 +161,8 @@ def test_a_deleted_run_is_not_made_again_by_its_jobs_and_its_jobs_can_be_cancell
     place.send("deleted")
     place.wait_step("deleted", "long", step=2)
     jobs = place.jobs("deleted")
-    shutil.rmtree(place.run_dir("deleted"))
+    while place.run_dir("deleted").exists():  # ranks write into it meanwhile
+        shutil.rmtree(place.run_dir("deleted"), ignore_errors=True)
     said = place.cpt("cancel", "deleted/it")
     assert f"removed from the queue: {jobs['short'][0]}, {jobs['long'][0]}" in said and "is gone" in said
     place.cluster.clear()  # waits for the processes, too
