@@ -245,7 +245,13 @@ def cancel_useless(plan: RunPlan, run_dir: Path, name: str, job: str, launcher: 
     """
     sent = batch.read_sent(run_dir)
     stages = [name] if is_done else [*reversed(behind(plan, name)), name]
-    ids = [j.id.partition("_")[0] for n in stages for j in reversed(sent.get(n, ())) if _is_other(j.id, job)]
+    # Of an array of successors only this stage's own element: the other elements are of stages that still need them.
+    ids = [
+        j.id if n == name else j.id.partition("_")[0]
+        for n in stages
+        for j in reversed(sent.get(n, ()))
+        if _is_other(j.id, job)
+    ]
     if ids:
         with contextlib.suppress(CptError):
             launcher.cancel(list(dict.fromkeys(ids)))

@@ -36,6 +36,18 @@ class Queue(Slurm):
             self.there.remove(id)
 
 
+def test_a_proxy_that_is_done_leaves_the_successors_of_the_others_in_the_queue(tmp_path: Path) -> None:
+    plan = plans.plan(plans.stage("a"), plans.stage("b"), plans.stage("c", "b"), runs=str(tmp_path))
+    for stage, ids in {"a": ("1_0", "2_0"), "b": ("1_1", "2_1"), "c": ("3", "4")}.items():
+        for id in ids:
+            batch.note_sent(tmp_path, stage, batch.Sent(id=id, token=f"{stage}{id}", script="", log=""))
+    queue = Queue(there=["2_0", "2_1", "3", "4"])
+    send.cancel_useless(plan, tmp_path, "a", "1_0", queue, is_done=True)
+    assert queue.there == ["2_1", "3", "4"]
+    send.cancel_useless(plan, tmp_path, "b", "1_1", queue, is_done=False)
+    assert queue.there == []
+
+
 @pytest.mark.parametrize("takes", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("error", [UsageError("refused"), EnvironmentProblem("no answer")])
 def test_a_chain_with_successors_is_taken_back_as_a_whole(tmp_path: Path, takes: int, error: CptError) -> None:
