@@ -210,10 +210,10 @@ def choose_folder(plan: RunPlan, settings: Settings) -> tuple[RunPlan, Path]:
             number += 1
         plan = dataclasses.replace(plan, name=f"{plan.name}-{number}")
         return plan, Path(plan.runs) / plan.name
-    if folder.exists() and not (folder / "plan.json").exists():
-        # Empty folders: a rank of a run that was deleted may still have made them.
-        if any(p.name not in (lock.NAME, f".{lock.NAME}") for p in folder.rglob("*") if not p.is_dir()):
-            raise UsageError(f"`{folder}` exists and is not a run folder", "choose another `name`")
+    # Empty folders do not count: a rank of a run that was deleted may still have made them.
+    files = (p.name for p in folder.rglob("*") if not p.is_dir())
+    if not (folder / "plan.json").exists() and any(name not in (lock.NAME, f".{lock.NAME}") for name in files):
+        raise UsageError(f"`{folder}` exists and is not a run folder", "choose another `name`")
     _refuse_other_plan(plan, folder, settings)
     return plan, folder
 
