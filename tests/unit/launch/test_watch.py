@@ -64,7 +64,8 @@ def test_a_slow_rank_and_one_that_waits_for_data_are_noted() -> None:
     ranks = beats(*(beat(r, own_s=0.1) for r in range(3)), beat(3, own_s=0.16), beat(4, data_share=0.3))
     assert [name for name, _ in notes(ranks)] == ["slow 3", "starving 4"]
     texts = [text for _, text in notes(ranks)]
-    assert texts[0] == "rank 3 on `node3` is slow: 0.16 s for its part of a step, others 0.1 s; all wait for it: a busy machine?"
+    slow = "rank 3 on `node3` is slow: 0.16 s for its part of a step, others 0.1 s; all wait for it: a busy machine?"
+    assert texts[0] == slow
     assert texts[1] == "rank 4 on `node4` waits for data 30% of the time: a slow disk?"
     assert notes(beats(beat(0, own_s=0.1), beat(1, own_s=0.14))) == []
 
