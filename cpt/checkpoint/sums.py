@@ -25,6 +25,7 @@ from cpt.checkpoint.formats import Format, Reading
 LISTS = ("conversion.json", "atom.json")  # that may list a folder's files with their checksums
 _DATA = (".safetensors", ".distcp", ".bin", ".pt")  # files of values, whose checksums are verified while they are read
 _AHEAD = 16 << 20  # bytes that are asked for before they are needed
+_ASK = 1 << 17  # bytes asked for at once: of more, Linux reads only the beginning
 _READ = 1 << 20  # bytes summed at a time
 
 Watch = Callable[[int], None]
@@ -131,7 +132,7 @@ def _crc32_of(file: FileIO, start: int, end: int, watch: Watch) -> int | None:
     file.seek(start)
     while at < end:
         if (at - start) % _AHEAD == 0 and end - at > _AHEAD:
-            _ask_for(file.fileno(), at + _AHEAD, min(_AHEAD, end - at - _AHEAD))
+            ask_for(file.fileno(), at + _AHEAD, min(at + 2 * _AHEAD, end))
         got = file.readinto(buffer[: min(_READ, end - at)])
         if not got:
             return None
@@ -141,11 +142,12 @@ def _crc32_of(file: FileIO, start: int, end: int, watch: Watch) -> int | None:
     return crc
 
 
-def _ask_for(descriptor: int, start: int, length: int) -> None:
-    """Let the system read a part of a file while the one before it is summed; where it can."""
+def ask_for(descriptor: int, start: int, end: int) -> None:
+    """Let the system read a part of a file while others are worked on; where it can. Other threads go on meanwhile."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+            for at in range(start, end, _ASK):
+                os.posix_fadvise(descriptor, at, min(_ASK, end - at), os.POSIX_FADV_WILLNEED)
 
 
 class Summings:

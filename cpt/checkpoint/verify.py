@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import mmap
+import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +20,13 @@ from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, i
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Reading
-from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, name_in, small_ones_wrong, stored_sums
+from cpt.checkpoint.sums import Sum, Summings, Watch, ask_for, file_sums, name_in, small_ones_wrong, stored_sums
 from cpt.checkpoint.values import Seen, not_finite, odd, some
 
 _PAD = " (padding rows)"
-_BLOCK = 1 << 19  # of a state that is looked at together: what stays in a core's cache [bytes]
-_TURN = 1 << 24  # values that a thread takes at a time
-_AHEAD = 8  # blocks of each state that are asked for before they are needed
-_ASK = 1 << 17  # bytes asked for at once: of more, Linux reads only the beginning
-_SUM = 1 << 20  # bytes summed at once, so that more can be asked for meanwhile
+_BLOCK = 1 << 20  # of a state that is looked at together: what stays in a core's cache [bytes]
+_TURN = 1 << 25  # of all states, that a thread takes at a time [bytes]
+_AHEAD = 3  # turns that are asked for before they are taken, beside one for each thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +70,7 @@ def inspect(
     """Check a checkpoint folder of any format: structure, checksums, main weights, values. Reads every byte.
 
     Args:
-        workers: threads that share the reading.
+        workers: threads that look at values; one more reads ahead.
         watch: called with the number of bytes read after each block, from any thread.
 
     Raises:
@@ -115,11 +112,11 @@ def _inspect_values(report: Report, content: Content, listed: Sequence[Sum], wor
     wrong: list[str] = []
     seen: dict[str, Seen] = {}
     unequal: list[master.Wrong] = []
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        turns = list(_turns(content))
-        after = itertools.chain(turns[workers:], [None] * workers)  # what a thread is likely to take next
+    turns = list(_turns(content))
+    with _Ahead(turns, workers + _AHEAD) as ahead, ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            for values, odd_ones in pool.map(looker.look, turns, after):
+            for values, odd_ones in pool.map(looker.look, turns):
+                ahead.taken()
                 unequal += odd_ones
                 for key, one in values.items():
                     seen[key] = one if key not in seen else _joined(seen[key], one)
@@ -216,7 +213,8 @@ def _turns(content: Content) -> Iterator[_Turn]:
     for atom in content.atoms.values():
         for pad, states in ((False, atom.states), (True, atom.pad)):
             if states:
-                for first, last in row_spans(next(iter(states.values())).shape, _TURN):
+                size = sum(itemsize(array.dtype) for array in states.values())
+                for first, last in row_spans(next(iter(states.values())).shape, _TURN // size):
                     yield _Turn(atom, pad, first, last)
 
 
@@ -234,12 +232,8 @@ class _Looker:
         """Let turns that have not begun be nothing."""
         self._is_stopped = True
 
-    def look(self, turn: _Turn, after: _Turn | None) -> tuple[dict[str, Seen], list[master.Wrong]]:
-        """Read some rows of all states of a tensor once: their values, and main weights against model weights.
-
-        Args:
-            after: whose beginning is asked for already.
-        """
+    def look(self, turn: _Turn) -> tuple[dict[str, Seen], list[master.Wrong]]:
+        """Read some rows of all states of a tensor once: their values, and main weights against model weights."""
         if self._is_stopped:
             return {}, []
         atom, states = turn.atom, turn.states
@@ -248,12 +242,7 @@ class _Looker:
         seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
         wrong: list[master.Wrong] = []
         compare = MAIN in states and MODEL in states and atom.name not in self.content.unrounded
-        ahead = _ahead(turn, after)
-        for begin in itertools.islice(ahead, _AHEAD):
-            self._ask_for(*begin)
         for box in turn.boxes():
-            for later in itertools.islice(ahead, 1):
-                self._ask_for(*later)
             blocks = {}
             for state, array in states.items():
                 self._sum(array, box)
@@ -275,34 +264,55 @@ class _Looker:
             data = self.files.map(file)
             for one in self.sums.crossing(file, start, min(end, len(data))):
                 for first, last in one.take(start, min(end, len(data))):
-                    one.note(first, last, self._crc32(data, first, last))
+                    one.note(first, last, self._crc32(file, first, last))
 
-    def _crc32(self, data: mmap.mmap | bytes, start: int, end: int) -> int:
-        crc = 0
-        with memoryview(data) as view:
-            for at in range(start, end, _SUM):
-                if end - start > _SUM:
-                    _ask_for(data, at + _AHEAD * _SUM, min(at + (_AHEAD + 1) * _SUM, end))
-                with view[at : min(at + _SUM, end)] as part:
-                    crc = crc32(part, crc)
-                    self.watch(len(part))
-        return crc
-
-    def _ask_for(self, states: Iterable[Array], box: _Box) -> None:
-        """Let the system read the bytes that hold a block."""
-        for array in states:
-            for file, start, end, held in _stretches(array, box):
-                if end - start <= 2 * held:  # else columns of a wide or turned matrix, whose rows others ask for
-                    _ask_for(self.files.map(file), start, end)
+    def _crc32(self, file: str, start: int, end: int) -> int:
+        with memoryview(self.files.map(file)) as view, view[start:end] as part:
+            self.watch(len(part))
+            return crc32(part)
 
 
-def _ahead(turn: _Turn, after: _Turn | None) -> Iterator[tuple[Iterable[Array], _Box]]:
-    """Blocks in the order in which a thread comes to them."""
-    for box in turn.boxes():
-        yield turn.states.values(), box
-    if after is not None:
-        for box in itertools.islice(after.boxes(), _AHEAD):
-            yield after.states.values(), box
+class _Ahead:
+    """Lets the system read turns before they are taken, in a thread of its own: to ask takes as long as to look.
+
+    Args:
+        most: turns that are asked for and not yet done with.
+    """
+
+    def __init__(self, turns: Sequence[_Turn], most: int) -> None:
+        self._turns = turns
+        self._room = threading.Semaphore(most)
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> _Ahead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_stopped = True
+        self._room.release()
+        self._thread.join()
+
+    def taken(self) -> None:
+        """A turn is done with."""
+        self._room.release()
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError):  # who looks says what is wrong
+            for turn in self._turns:
+                self._room.acquire()
+                if self._is_stopped:
+                    return
+                for box in turn.boxes():
+                    for array in turn.states.values():
+                        self._ask_for(array, box)
+
+    def _ask_for(self, array: Array, box: _Box) -> None:
+        for file, start, end, held in _stretches(array, box):
+            if end - start <= 2 * held:  # else columns of a wide or turned matrix, whose rows others ask for
+                with open(file, "rb", buffering=0) as f:
+                    ask_for(f.fileno(), start, end)
 
 
 def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
@@ -318,15 +328,6 @@ def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
         if p.transposed:
             top, bottom, left, right = left, right, top, bottom
         yield p.file, p.start + top * p.stride + left * size, p.start + (bottom - 1) * p.stride + right * size, held
-
-
-def _ask_for(data: mmap.mmap | bytes, start: int, end: int) -> None:
-    """Let the system read a part of a file ahead; where it can."""
-    if not isinstance(data, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
-        return
-    start -= start % mmap.PAGESIZE
-    for at in range(start, min(end, len(data)), _ASK):
-        data.madvise(mmap.MADV_WILLNEED, at, min(_ASK, len(data) - at))
 
 
 def _block(files: Files, array: Array, row: int, column: int, shape: tuple[int, int]) -> np.ndarray[Any, Any]:

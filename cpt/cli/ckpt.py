@@ -45,7 +45,7 @@ VocabSize = Annotated[
     typer.Option("--vocab-size", metavar="N", min=1, help="Of the model, where the checkpoint does not say."),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", metavar="N", min=1, help="Threads.", show_default="one a core")
+    int, typer.Option("--workers", metavar="N", min=1, help="Threads that look at values, beside one that reads ahead.")
 ]
 
 
@@ -270,14 +270,13 @@ def verify(
     step: Step = None,
     config: Config = None,
     vocab_size: VocabSize = None,
-    workers: Workers = None,
+    workers: Workers = 1,
     json: Json = False,
 ) -> int:
     """Read every byte of a checkpoint: structure, checksums, main weights against model weights, odd values.
 
     Exit code 1 when something is wrong with it, 2 when the path is no checkpoint.
     """
-    from cpt.base.processes import num_cores
     from cpt.checkpoint import find, store
     from cpt.checkpoint import verify as checks
     from cpt.checkpoint.formats import Reading
@@ -288,7 +287,7 @@ def verify(
     try:
         folder = path if itself and step is None else _found(checkpoint, step).folder
         reading = Reading(config=config, vocab_size=vocab_size)
-        report = checks.inspect(folder, reading=reading, workers=workers or num_cores())
+        report = checks.inspect(folder, reading=reading, workers=workers)
     except find.NotWhole as error:
         folder = path
         hints = tuple(error.hints) if len(error.hints) > 1 else ()  # one line for each of several steps

@@ -47,8 +47,7 @@ CASES = [
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors, too, are read in many pieces."""
     monkeypatch.setattr(verify, "_BLOCK", 256)
-    monkeypatch.setattr(verify, "_TURN", 200)
-    monkeypatch.setattr(verify, "_SUM", 50)
+    monkeypatch.setattr(verify, "_TURN", 1000)
     monkeypatch.setattr(sums, "_READ", 100)
 
 
