@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 CONVERT = "convert-ckpt --dry-run"  # all that comes before the first byte
-TARGETS = {"--help": 0.3, "plan recipe=medical": 1.0, CONVERT: 0.5}  # [s] above a bare interpreter
+STATUS = "status of a long run"
+EVENTS = 1_000_000  # of its attempt that runs
+TARGETS = {"--help": 0.3, "plan recipe=medical": 1.0, CONVERT: 0.5, STATUS: 0.5}  # [s] above a bare interpreter
 
 
 def seconds(arguments: list[str], cwd: Path) -> float:
@@ -31,6 +33,19 @@ def seconds(arguments: list[str], cwd: Path) -> float:
     if status:
         raise SystemExit(f"{' '.join(arguments)} ended with status {os.waitstatus_to_exitcode(status)}")
     return usage.ru_utime + usage.ru_stime
+
+
+def write_long_run(runs: Path) -> Path:
+    """A run in its second stage, which has logged so many steps."""
+    from tests import made_run
+
+    run = made_run.make(runs, until=("domain", 60))
+    path = max((run / "stages" / "domain").glob("attempt_*/events.jsonl"))
+    last = json.loads(path.read_text().splitlines()[-1])
+    with open(path, "a", encoding="utf-8") as file:
+        for i in range(1, EVENTS + 1):
+            file.write(json.dumps(last | {"t": last["t"] + i, "step": last["step"] + i}) + "\n")
+    return run
 
 
 def contestants(folder: Path) -> dict[str, list[str]]:
@@ -49,6 +64,7 @@ def contestants(folder: Path) -> dict[str, list[str]]:
         "--help": [sys.executable, "-m", "cpt", "--help"],
         "plan recipe=medical": [sys.executable, "-m", "cpt", "plan", "recipe=medical", *given],
         CONVERT: [sys.executable, "-m", "cpt", "convert-ckpt", "model", "atom", "--to", "atom", "--dry-run"],
+        STATUS: [sys.executable, "-m", "cpt", "status", str(write_long_run(folder / "runs"))],
     }
 
 
