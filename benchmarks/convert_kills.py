@@ -1,6 +1,6 @@
 """Conversions killed by `kill -9` at random moments: time and bytes against a conversion that nobody touched.
 
-    python -m benchmarks.convert_kills [--gigabytes 8] [--kills 10] [--seed N] [--folder DIR]
+    python -m benchmarks.convert_kills [--gigabytes 3] [--kills 10] [--seed N] [--folder DIR]
 
 A Llama of random bf16 weights goes from Hugging Face to `torch_dist` at tp 4 x pp 2 and back, with two workers. At each
 kill the command is started, its whole process group gets SIGKILL at a moment of its running time, and the same command
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tests import checkpoints
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert_kills", description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the source")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the source")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--folder", type=Path, help="where to work (a temporary one)")

@@ -40,11 +40,8 @@ stages:
 @pytest.fixture
 def place(tmp_path: Path, cluster: Cluster) -> Place:
     """A folder with a recipe and the file of a cluster."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "two.yaml").write_text(RECIPE)
-    killing.write_topics(tmp_path)
     cluster.clear()
-    return Place(tmp_path, cluster)
+    return Place(tmp_path, cluster, two=RECIPE)
 
 
 def test_an_interface_that_nodes_do_not_have_is_said_by_doctor_status_and_log(place: Place) -> None:

@@ -35,11 +35,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
-    folder = tmp_path_factory.mktemp("slurm-early")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "two.yaml").write_text(RECIPE)
-    killing.write_topics(folder)
-    return Place(folder, cluster)
+    return Place(tmp_path_factory.mktemp("slurm-early"), cluster, two=RECIPE)
 
 
 @pytest.fixture(autouse=True)

@@ -86,10 +86,15 @@ if __name__ == "__main__":
 
 
 class Place:
-    """A folder with a recipe, on a cluster."""
+    """A folder on a cluster; recipes that are given are written into it, and their corpora."""
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, **recipes: str) -> None:
         self.folder, self.cluster = folder, cluster
+        if recipes:
+            (folder / "recipes").mkdir()
+            killing.write_topics(folder)
+        for name, text in recipes.items():
+            (folder / "recipes" / f"{name}.yaml").write_text(text)
 
     def cpt(self, *words: str, code: int = 0, timeout: float = 300) -> str:
         """What `cpt` prints."""
@@ -155,12 +160,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
     """Both recipes have run once on this machine alone."""
-    folder = tmp_path_factory.mktemp("slurm-runs")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "chain.yaml").write_text(CHAIN)
-    (folder / "recipes" / "two.yaml").write_text(TWO)
-    killing.write_topics(folder)
-    found = Place(folder, cluster)
+    found = Place(tmp_path_factory.mktemp("slurm-runs"), cluster, chain=CHAIN, two=TWO)
     found.cpt("run", "recipe=chain", "runs=chain-local", "name=it")
     found.cpt("run", "recipe=two", "runs=two-local", "name=it")
     return found

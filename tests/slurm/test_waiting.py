@@ -53,11 +53,7 @@ class Small(Place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Small:
-    folder = tmp_path_factory.mktemp("slurm-waiting")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "small.yaml").write_text(RECIPE)
-    killing.write_topics(folder)
-    return Small(folder, cluster)
+    return Small(tmp_path_factory.mktemp("slurm-waiting"), cluster, small=RECIPE)
 
 
 @pytest.fixture(autouse=True)

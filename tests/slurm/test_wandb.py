@@ -39,10 +39,7 @@ FIRST, SECOND = 60, 10  # steps
 @pytest.fixture
 def place(tmp_path: Path, cluster: Cluster) -> Iterator[Place]:
     pytest.importorskip("wandb")
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "two.yaml").write_text(RECIPE)
-    killing.write_topics(tmp_path)
-    yield Place(tmp_path, cluster)
+    yield Place(tmp_path, cluster, two=RECIPE)
     cluster.clear()
 
 
