@@ -42,7 +42,7 @@ from cpt.checkpoint.content import MODEL, OPTIMIZER, Atom, Content, Optimizer
 from cpt.checkpoint.formats import Writing
 from cpt.checkpoint.mapping import atom_shapes
 from cpt.checkpoint.writing import BLOCK
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 MEMORY = 80e6  # of a worker beside four blocks [bytes]
 CHUNK = 8 << 20  # of the plain copy and of plain reading [bytes]

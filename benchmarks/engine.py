@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cpt.plan.types import ModelConfig, Optimizer, Parallel
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer
 
 MODEL = ModelConfig(
     family="llama",

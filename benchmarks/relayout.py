@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 runs_folder = "".join(c for c in name if c.isalnum())
                 shutil.copytree(folder / "part", folder / runs_folder)
                 if through_atom:
-                    _through_atom(folder / runs_folder / "it" / "stages" / "domain" / "checkpoints", tp, pp, dp)
+                    _through_atom(folder / runs_folder / "it" / "stages" / "domain" / "checkpoints", tp, pp)
                 layout = f"stages.domain.parallel={{tp: {tp}, pp: {pp}, dp: {dp}}}"
                 resumed = runs.finish(runs_folder, *only, layout)
                 if resumed.process.returncode:
@@ -71,15 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         return int(worst > LIMIT)
 
 
-def _through_atom(checkpoints: Path, tp: int, pp: int, dp: int) -> None:
-    """Put a folder's newest checkpoint into `atom` and back for a layout; nothing of the old ones stays."""
+def _through_atom(checkpoints: Path, tp: int, pp: int) -> None:
+    """Put a folder's newest checkpoint into `atom` and back for a layout (of any dp); nothing of the old ones stays."""
     from cpt.checkpoint import store
 
     newest, _ = store.newest_whole(checkpoints)
     atom, back = checkpoints.parent / "atom", checkpoints.parent / "back"
     for command in (
         [str(newest), str(atom), "--to", "atom"],
-        [str(atom), str(back), "--to", "torch_dist", f"--tp={tp}", f"--pp={pp}", f"--dp={dp}"],
+        [str(atom), str(back), "--to", "torch_dist", f"--tp={tp}", f"--pp={pp}"],
     ):
         subprocess.run([sys.executable, "-m", "cpt", "convert-ckpt", *command], check=True, capture_output=True)
     shutil.rmtree(checkpoints)

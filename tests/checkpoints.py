@@ -15,7 +15,7 @@ from cpt.checkpoint.arrays import CARRIERS, Files
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.writing import BLOCK, FileSums, write_file
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 # H ≠ F, head_dim ≠ H / heads, groups ≠ heads, odd vocabulary, an odd number of layers.
 PLAIN = ModelConfig(

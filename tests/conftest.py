@@ -8,9 +8,9 @@ import signal
 from hypothesis import settings
 
 # The same examples in every run, so that a test only fails when what it tests has changed. To look for new ones:
-# HYPOTHESIS_PROFILE=search
-settings.register_profile("same", derandomize=True, database=None)
-settings.register_profile("search", derandomize=False)
+# HYPOTHESIS_PROFILE=search. None has a time limit: tests run beside others.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("search", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # A shell starts background jobs with Ctrl-C ignored, and processes started from here would inherit that: tests that

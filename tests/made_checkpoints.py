@@ -13,7 +13,7 @@ from cpt.checkpoint import mapping
 from cpt.checkpoint.arrays import CARRIERS, Array, Place, as_matrix, convert, itemsize
 from cpt.checkpoint.content import Atom, Content, Optimizer
 from cpt.checkpoint.formats import Writing
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests import checkpoints
 
 # H ≠ F, head_dim ≠ H / heads, groups ≠ heads, odd vocabulary and number of layers.

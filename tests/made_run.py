@@ -12,14 +12,14 @@ import random
 from pathlib import Path
 
 from cpt.base.files import write_json
+from cpt.base.records import to_json
+from cpt.plan.model import ModelConfig, Parallel
 from cpt.plan.types import (
     Base,
     DataOptions,
     Evaluate,
     Lr,
-    ModelConfig,
     Optimizer,
-    Parallel,
     Replay,
     RunPlan,
     Source,
@@ -28,7 +28,6 @@ from cpt.plan.types import (
     StopIf,
     Tokenizer,
     Train,
-    to_json,
 )
 from cpt.schedules import curve, resolve
 from cpt.schedules.join import StageLr

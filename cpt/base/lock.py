@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cpt.base.errors import Fenced, UsageError
 from cpt.base.files import read_json, write_json
-from cpt.base.processes import start_time
+from cpt.base.processes import boot_id, start_time
 
 STALE_SECONDS = 120.0
 NAME = "lock.json"
@@ -50,14 +50,10 @@ class Holder:
 
 def this_machine() -> str:
     """Equal for two processes only when they see the same pids."""
-    parts = []
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        with contextlib.suppress(OSError):
-            parts.append(read())
-    return " ".join(parts) or platform.node()
+    parts = [boot_id() or ""]
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(filter(None, parts)) or platform.node()
 
 
 def holder_of(pid: int, what: str, job: str | None = None) -> Holder:

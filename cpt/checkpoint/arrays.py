@@ -461,7 +461,10 @@ class Files:
                 self.read(one, row, column, part, "float64")
                 part *= weight
                 total += part
-            out[...] = convert(convert(total, "float64", array.dtype), array.dtype, dtype)
+            mean = convert(total, "float64", array.dtype)
+            if self.count_rounded:
+                self.rounded += changed_by_rounding(mean, array.dtype, dtype)
+            out[...] = convert(mean, array.dtype, dtype)
             return
         found = 0
         for p in crossing(array.places, row, row + rows):

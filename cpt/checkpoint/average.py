@@ -16,7 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cpt.base.errors import UsageError
+from cpt.base.records import to_json
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import master, native, states
 from cpt.checkpoint.arrays import Array, Files, Mean
@@ -24,7 +27,6 @@ from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.torch_dist import Folder
 from cpt.data.tokenizer import tokenizer_hash
-from cpt.plan.types import to_json
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,9 @@ def shares(members: Sequence[Member]) -> list[Member]:
     """
     for member in members:
         if not 0 <= member.weight < math.inf:
-            raise UsageError(f"`{member.folder}` has the weight {member.weight:g}, wanted at least 0")
+            raise UsageError(
+                f"`{member.folder}` has the weight {member.weight:g}, wanted is a finite number of at least 0"
+            )
     try:
         total = math.fsum(m.weight for m in members)
     except OverflowError:
@@ -214,6 +218,13 @@ def content(members: Sequence[tuple[Content, float]], files: Files) -> Content:
         left_out=tuple(dropped),
         crc32=crcs,
     )
+
+
+def is_finite(content: Content, atom: str, row: int, column: int, files: Files, *, pad: bool = False) -> bool:
+    """Whether a value that a member gives to an average is neither NaN nor infinite."""
+    one, value = content.atoms[atom], np.empty((1, 1))
+    files.read(_unrounded(one.pad if pad else one.states), row, column, value, "float64")
+    return bool(np.isfinite(value).all())
 
 
 def _unrounded(states: Mapping[str, Array]) -> Array:

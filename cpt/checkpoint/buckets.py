@@ -8,8 +8,8 @@ has a bucket of its own. Files leave out a bucket's end padding (its `unpadded` 
     reading   groups(...) -> walk(buffer, recorded lengths) -> places(slots, pieces of the flat tensor)
     writing   groups(...) -> form(buffer, bucket_numel, dp) -> payload(...) of each bucket and state
 
-`read` does the first for all groups of a checkpoint with one record of each bucket (`dp_reshardable`), `search` finds
-the walk where bucket lengths are not recorded (`distrib_optim.pt`).
+`bucket_reading` does the first for all groups of a checkpoint that records each bucket (`dp_reshardable`),
+`bucket_search` finds the walk where bucket lengths are not recorded (`distrib_optim.pt`).
 
 Source: megatron-core 0.16.1, `distributed/param_and_grad_buffer.py`, `optimizer/distrib_optimizer.py`.
 """
@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import arrays, layouts
-from cpt.checkpoint.arrays import Array, Files, Fill, Payload, Place, Segment, convert
+from cpt.checkpoint.arrays import Fill, Payload, Place, Segment
 from cpt.checkpoint.content import MAIN, MOMENTS, Layout
-from cpt.checkpoint.copies import Parts, Placed
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import EMBEDDING
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 STATES = {MAIN: "param", **{m: m for m in MOMENTS}}  # our name of a state: Megatron's name in flat buffers
 ALIGNMENT = 64  # a parameter starts at a multiple of this [values]
@@ -234,7 +231,7 @@ def form(buffer: Buffer, bucket_numel: int | None, dp: int) -> Formed:
     at = 0
     filled = False
     for held in reversed(buffer.params):
-        at = _up(at, ALIGNMENT)
+        at = round_up(at, ALIGNMENT)
         is_alone = held.key in buffer.alone
         if is_alone and filled:
             unpadded.append(at)  # this padding counts
@@ -248,7 +245,7 @@ def form(buffer: Buffer, bucket_numel: int | None, dp: int) -> Formed:
     if filled:
         unpadded.append(at)
     multiple = math.lcm(dp, BUCKET_ALIGNMENT)
-    return Formed(tuple(slots), tuple(unpadded), tuple(_up(n, multiple) for n in unpadded))
+    return Formed(tuple(slots), tuple(unpadded), tuple(round_up(n, multiple) for n in unpadded))
 
 
 def walk(buffer: Buffer, unpadded: Sequence[int], what: str) -> tuple[Slot, ...]:
@@ -264,7 +261,7 @@ def walk(buffer: Buffer, unpadded: Sequence[int], what: str) -> tuple[Slot, ...]
     slots: list[Slot] = []
     bucket, at = 0, 0
     for held in reversed(buffer.params):
-        start = _up(at, ALIGNMENT)
+        start = round_up(at, ALIGNMENT)
         if bucket < len(unpadded) and start >= unpadded[bucket]:
             bucket, start = bucket + 1, 0
         if bucket >= len(unpadded) or start + held.tensor.numel > unpadded[bucket]:
@@ -276,12 +273,19 @@ def walk(buffer: Buffer, unpadded: Sequence[int], what: str) -> tuple[Slot, ...]
             )
         slots.append(Slot(held, bucket, start))
         at = start + held.tensor.numel
-    if buffer.params and (bucket != len(unpadded) - 1 or _up(at, ALIGNMENT) < unpadded[bucket]):
+    if buffer.params and (bucket != len(unpadded) - 1 or round_up(at, ALIGNMENT) < unpadded[bucket]):
         raise UsageError(
             f"{what}: the model's parameters fill {bucket + 1} buckets up to {at:,} values, "
             f"recorded are {len(unpadded)} with {sum(unpadded):,}"
         )
     return tuple(slots)
+
+
+def joined(formed: Formed) -> Formed:
+    """The buckets as one, without the padding at their ends (as `distrib_optim.pt` has them)."""
+    first = [sum(formed.unpadded[:i]) for i in range(len(formed.unpadded))]
+    slots = tuple(Slot(s.held, 0, first[s.bucket] + s.start) for s in formed.slots)
+    return Formed(slots, (sum(formed.unpadded),), (sum(formed.padded),))
 
 
 def places(slots: Iterable[Slot], bucket: int, flat: Flat) -> Iterator[tuple[Slot, str, bool, Place]]:
@@ -332,125 +336,6 @@ def payload(
     return Payload(name, source or state, "float32", tuple(segments))
 
 
-Weights = Callable[[str, bool], Array | None]  # (logical tensor, whether its padding rows): the model's weight
-
-
-def read(
-    parts: Parts,
-    model: ModelConfig,
-    layout: Layout,
-    padded_vocab_size: int,
-    *,
-    specs: Sequence[str],
-    dtype_of: Callable[[str], str],
-    lengths: Callable[[Group], Sequence[Mapping[tuple[str, str], Sequence[int]]]],
-    flat: Callable[[str], Flat],
-    weights: Weights,
-    files: Files,
-) -> str:
-    """Gather fp32 weights and moments of a `dp_reshardable` checkpoint.
-
-    Args:
-        parts: takes them.
-        specs: layer specs, the likely one first: the order of registration is not recorded, so the one that fits the
-            lengths and whose fp32 weights round to the model's is taken.
-        dtype_of: dtype of a Megatron tensor of the model by its canonical key.
-        lengths: a group's object `per_bucket_numel_unpadded`.
-        flat: a flat tensor of the checkpoint by its key.
-        weights: of the model, which the fp32 weights must round to.
-
-    Returns:
-        The layer spec whose order it is.
-
-    Raises:
-        UsageError: nothing fits, or the state is of a kind that is not converted (16-bit); names it.
-    """
-    problems: list[UsageError] = []
-    fitting: list[tuple[str, list[_Walked]]] = []
-    for spec in specs:
-        try:
-            walked = list(_walked(groups(model, layout, padded_vocab_size, spec=spec, dtype_of=dtype_of), lengths))
-        except UsageError as error:
-            problems.append(error)
-            continue
-        fitting.append((spec, walked))
-    if not fitting:
-        raise problems[0]
-    loaded = {w.key(b, s): _checked(flat(w.key(b, s)), w, b, s) for w in fitting[0][1] for b, s in w.tensors()}
-    # When none agrees, the master test of the whole will say what is wrong.
-    spec, walked = next((f for f in fitting if _agree(files, weights, f[1], loaded)), fitting[0])
-    for w in walked:
-        for bucket, state in w.tensors():
-            tensor = loaded[w.key(bucket, state)]
-            by_slot: dict[Slot, list[Placed]] = {}
-            for slot, atom, pad, place in places(w.slots, bucket, tensor):
-                by_slot.setdefault(slot, []).append((atom, pad, place))
-            for slot, placed in by_slot.items():
-                parts.add(str(w.group), slot.held, w.group.tp, state, tensor.dtype, placed)
-    return spec
-
-
-@dataclass(frozen=True)
-class _Walked:
-    """A buffer of a checkpoint with the walk that its recorded lengths give."""
-
-    group: Group
-    buffer: Buffer
-    unpadded: tuple[int, ...]
-    slots: tuple[Slot, ...]
-
-    def key(self, bucket: int, state: str) -> str:
-        return self.group.key(self.buffer, bucket, state)
-
-    def tensors(self) -> Iterator[tuple[int, str]]:
-        """(bucket, state) of each flat tensor."""
-        for bucket in range(len(self.unpadded)):
-            for state in STATES:
-                yield bucket, state
-
-
-def _walked(
-    found: Iterable[Group], lengths: Callable[[Group], Sequence[Mapping[tuple[str, str], Sequence[int]]]]
-) -> Iterator[_Walked]:
-    for group in found:
-        recorded = lengths(group)
-        if len(recorded) != len(group.buffers):
-            raise UsageError(
-                f"`{group.prefix}` has {len(recorded)} gradient buffers, the model on {group} has {len(group.buffers)}"
-            )
-        for buffer, by_dtypes in zip(group.buffers, recorded, strict=True):
-            if len(by_dtypes) != 1:
-                raise UsageError(f"`{group.prefix}gbuf_idx_{buffer.index}` has several dtypes, which is not supported")
-            ((dtypes, unpadded),) = by_dtypes.items()
-            param, grad = (str(d) for d in dtypes)
-            if param != buffer.dtypes[0]:
-                raise UsageError(
-                    f"`{group.prefix}gbuf_idx_{buffer.index}` is of {param} parameters, the model's are "
-                    f"{buffer.dtypes[0]}"
-                )
-            buffer = replace(buffer, dtypes=(param, grad))
-            what = f"optimizer buffer {buffer.index} of {group}"
-            yield _Walked(group, buffer, tuple(unpadded), walk(buffer, unpadded, what))
-
-
-def _checked(flat: Flat, w: _Walked, bucket: int, state: str) -> Flat:
-    """A flat tensor, once it is known to be float32, of the recorded length and whole."""
-    key = w.key(bucket, state)
-    require_float32(flat.dtype, state, f"`{key}`")
-    if flat.numel != w.unpadded[bucket]:
-        raise UsageError(f"`{key}` has {flat.numel:,} values, its recorded length is {w.unpadded[bucket]:,}")
-    at = 0
-    for piece in sorted(flat.pieces, key=lambda p: p.at):
-        if piece.at != at:
-            raise UsageError(
-                f"`{key}`: values {min(at, piece.at):,} to {max(at, piece.at):,} are there twice or missing"
-            )
-        at += piece.numel
-    if at < flat.numel:
-        raise UsageError(f"`{key}`: only {at:,} of {flat.numel:,} values are there")
-    return flat
-
-
 def require_float32(dtype: str, state: str, what: str) -> None:
     """Refuse optimizer state that is not float32, naming what made it so.
 
@@ -467,170 +352,6 @@ def require_float32(dtype: str, state: str, what: str) -> None:
     raise UsageError(f"{what} is {dtype}: optimizer state with `{option}` other than fp32 is not supported")
 
 
-def _agree(files: Files, weights: Weights, walked: Iterable[_Walked], loaded: Mapping[str, Flat]) -> bool:
-    """Whether fp32 weights round to the model's, as far as the ends of each rectangle show."""
-    return all(
-        _same(files, weights, atom, pad, place)
-        for w in walked
-        for bucket in range(len(w.unpadded))
-        for _, atom, pad, place in places(w.slots, bucket, loaded[w.key(bucket, MAIN)])
-    )
-
-
-def _same(files: Files, weights: Weights, atom: str, pad: bool, place: Place) -> bool:
-    """Whether the first and last values of a place of fp32 weights, rounded, are the model's, bit for bit."""
-    weight = weights(atom, pad)
-    if weight is None:
-        return True
-    rows = max(1, _SAMPLE // max(1, place.columns))
-    values = files.view(place, "float32")
-    for first in {0, max(0, place.rows - rows)}:
-        last = min(place.rows, first + rows)
-        main = convert(np.ascontiguousarray(values[first:last]), "float32", weight.dtype)
-        model = np.empty_like(main)
-        files.read(weight, place.row + first, place.column, model, weight.dtype)
-        if main.tobytes() != model.tobytes():
-            return False
-    return True
-
-
-_SAMPLE = 4096  # values compared at each end of a rectangle
-
-
-def search(buffer: Buffer, flats: Mapping[str, Flat], weights: Weights, files: Files, what: str) -> tuple[Slot, ...]:
-    """The walk over a buffer whose buckets were joined without recording their lengths (`distrib_optim.pt`).
-
-    After each parameter a bucket may have ended: then the next one starts at once, else at the next multiple of 64 of
-    its bucket. Where that makes a difference, the fp32 weights tell, which must round to the model's weights, and the
-    values between parameters, which are zero.
-
-    Args:
-        flats: the whole buffer by state, each one piece.
-
-    Returns:
-        Slots as if there was one bucket.
-
-    Raises:
-        UsageError: no walk fits, or several do that mean different values.
-    """
-    main = flats[MAIN]
-    ordered = list(reversed(buffer.params))
-    least = [0] * (len(ordered) + 1)  # values from parameter i to the end, without padding
-    for i in range(len(ordered) - 1, -1, -1):
-        least[i] = least[i + 1] + ordered[i].tensor.numel
-    if not least[0] <= main.numel <= least[0] + (ALIGNMENT - 1) * len(ordered):
-        raise UsageError(f"{what} holds {main.numel:,} values, the model's parameters on this rank are {least[0]:,}")
-
-    def follow(i: int, at: int, phase: int) -> list[tuple[int, int]]:
-        """(start, phase) that parameter i may have after one that ends at `at`; phase: its bucket's start modulo 64."""
-        same = at + -(at - phase) % ALIGNMENT
-        if i == 0 or same == at:
-            return [(at, phase)]
-        if ordered[i - 1].key in buffer.alone:
-            return [(at, at % ALIGNMENT)]
-        return [(same, phase), (at, at % ALIGNMENT)]
-
-    def is_possible(i: int, before: int, start: int) -> bool:
-        end, rest = start + ordered[i].tensor.numel, len(ordered) - i - 1
-        if not end + least[i + 1] <= main.numel <= end + least[i + 1] + (ALIGNMENT - 1) * rest:
-            return False
-        if not all(_is_zero(files, flat, before, start) for flat in flats.values()):
-            return False
-        slot = Slot(ordered[i], 0, start)
-        return all(_same(files, weights, atom, pad, place) for _, atom, pad, place in places([slot], 0, main))
-
-    # All that is possible, parameter by parameter: (start, phase) -> what it may follow.
-    steps: list[dict[tuple[int, int], list[tuple[int, int]]]] = []
-    for i, held in enumerate(ordered):
-        before = steps[-1] if steps else {(0, 0): []}
-        made: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        tested: dict[tuple[int, int], bool] = {}
-        for previous in before:
-            at = previous[0] + (ordered[i - 1].tensor.numel if i else 0)
-            for start, phase in follow(i, at, previous[1]):
-                if (at, start) not in tested:
-                    tested[at, start] = is_possible(i, at, start)
-                if tested[at, start]:
-                    made.setdefault((start, phase), []).append(previous)
-        if not made:
-            raise UsageError(
-                f"{what}: with no bucket size the fp32 weights match the model's weights; "
-                f"`{held.name}` is the first that does not",
-                "the optimizer state and the model's weights are of different saves, or one of them is damaged",
-            )
-        if len(made) > _MOST_STEPS:
-            raise UsageError(f"{what}: too many bucket sizes fit")
-        steps.append(made)
-    last = [s for s in steps[-1] if s[0] + ordered[-1].tensor.numel == main.numel] if steps else []
-    found = sorted(_paths(steps, last))
-    if not found:
-        raise UsageError(f"{what} holds {main.numel:,} values, which no bucket size gives")
-    if len(found) > 1:
-        formed = {_joined_starts(buffer, size) for size in _sizes(ordered)}
-        found = [p for p in found if p in formed] or found
-    for other in found[1:]:
-        for held, start, elsewhere in zip(ordered, found[0], other, strict=True):
-            numel = held.tensor.numel
-            if start != elsewhere and not all(
-                _is_zero(files, flat, at, at + numel) for flat in flats.values() for at in (start, elsewhere)
-            ):
-                raise UsageError(f"{what}: several bucket sizes fit, with other values for `{held.name}`")
-    return tuple(Slot(held, 0, start) for held, start in zip(ordered, found[0], strict=True))
-
-
-_MOST_STEPS = 1024  # places of one parameter that are followed up
-
-
-def _paths(
-    steps: Sequence[Mapping[tuple[int, int], Sequence[tuple[int, int]]]], last: Sequence[tuple[int, int]]
-) -> set[tuple[int, ...]]:
-    """Starts of all parameters for each way that leads to `last`; a few when there are very many."""
-    ends = {(s[0],): s for s in last}
-    paths: dict[tuple[int, ...], set[tuple[int, int]]] = {starts: {s} for starts, s in ends.items()}
-    for made in reversed(steps[1:]):
-        longer: dict[tuple[int, ...], set[tuple[int, int]]] = {}
-        for starts, states in list(paths.items())[:_MOST_STEPS]:
-            for state in states:
-                for previous in made[state]:
-                    longer.setdefault((previous[0], *starts), set()).add(previous)
-        paths = longer
-    return set(paths)
-
-
-def _sizes(ordered: Sequence[Held]) -> list[int | None]:
-    """Bucket sizes that can make a difference: every length that a bucket can have."""
-    sizes: set[int] = set()
-    for first in range(len(ordered) if len(ordered) <= _MOST_STEPS else 0):
-        at = 0
-        for held in ordered[first:]:
-            at = _up(at, ALIGNMENT) + held.tensor.numel
-            sizes.add(at)
-    return [None, *sorted(sizes, reverse=True)]
-
-
-def _joined_starts(buffer: Buffer, bucket_numel: int | None) -> tuple[int, ...]:
-    """Starts of the parameters, buckets joined without their end padding."""
-    return tuple(slot.start for slot in joined(form(replace(buffer, bucketed=True), bucket_numel, 1)).slots)
-
-
-def joined(formed: Formed) -> Formed:
-    """The buckets as one, without the padding at their ends (as `distrib_optim.pt` has them)."""
-    first = [sum(formed.unpadded[:i]) for i in range(len(formed.unpadded))]
-    slots = tuple(Slot(s.held, 0, first[s.bucket] + s.start) for s in formed.slots)
-    return Formed(slots, (sum(formed.unpadded),), (sum(formed.padded),))
-
-
-def _is_zero(files: Files, flat: Flat, first: int, last: int) -> bool:
-    """Whether values `first` to `last` of a flat tensor are all zero."""
-    size = arrays.itemsize(flat.dtype)
-    for piece in flat.pieces:
-        low, high = max(first, piece.at), min(last, piece.at + piece.numel)
-        if low < high:
-            place = Place(piece.file, piece.start + (low - piece.at) * size, 0, 0, 1, 0, high - low)
-            if files.view(place, flat.dtype).any():
-                return False
-    return True
-
-
-def _up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below `n`."""
     return -(-n // multiple) * multiple

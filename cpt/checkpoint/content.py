@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.arrays import Array
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 MODEL, MAIN = "model", "fp32"  # the weight the model computes with; its unrounded fp32 twin of the optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from cpt.base.errors import UsageError
+from cpt.base.records import to_json
 from cpt.checkpoint import hf_config
 from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, convert, itemsize, rectangles
 from cpt.checkpoint.content import MAIN, MODEL, MOMENTS, Atom, Content
-from cpt.plan.types import to_json
 
 _BLOCK = 1 << 18  # values compared at a time
 Values = np.ndarray[Any, np.dtype[Any]]

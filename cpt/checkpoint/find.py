@@ -29,6 +29,7 @@ _UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
 RESULTS = ("hf", "megatron", "atom")  # folders that stages of kind `convert` leave
 # A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
 _ORDER = ("atom", "torch_dist", "megatron", "ds-universal", "hf")
+READERS_SAY = ("megatron", "hf")  # formats whose readers say all that is missing, and what to do
 
 
 class NotWhole(UsageError):
@@ -87,10 +88,7 @@ def find(path: Path, step: int | None = None) -> Found:
     Raises:
         UsageError: nothing is there, it is not whole, or nothing known; says what is there and what is known.
     """
-    from cpt.checkpoint.job import place
-
-    if (begun := place.unfinished(path)) is not None:
-        raise NotWhole(f"`{path}` is {begun}")
+    refuse_unfinished(path)
     if not path.is_dir():
         raise _not_a_folder(path)
     candidates = list(_candidates(path))
@@ -106,6 +104,18 @@ def find(path: Path, step: int | None = None) -> Found:
         found = find(folder, step)
         return replace(found, notes=(*found.notes, f"`{found.folder}` is taken"))
     raise _unknown(path)
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Refuse a conversion that has not finished.
+
+    Raises:
+        NotWhole: it is one; says which command goes on with it.
+    """
+    from cpt.checkpoint.job import place
+
+    if (begun := place.unfinished(path)) is not None:
+        raise NotWhole(f"`{path}` is {begun}")
 
 
 def listed(path: Path) -> list[Candidate]:
@@ -154,7 +164,7 @@ def _itself(path: Path, name: str, step: int | None) -> Found:
     if step is not None and own is not None and own != step:
         raise UsageError(f"`{path}` is step {own:,}, and step {step:,} was asked for", "give the folder of all steps")
     why = why_not_whole(path)
-    if why is not None and name != "megatron":  # whose reader says which ranks are missing
+    if why is not None and name not in READERS_SAY:
         raise _not_whole(path, why)
     return Found(folder=path, format=name, step=own)
 
@@ -170,7 +180,7 @@ def _candidates(path: Path) -> Iterator[Candidate]:
     ours = any((folder / manifest.NAME).is_file() for _, folder in steps)
     for number, folder in steps:
         why = why_not_whole(folder)
-        if ours and not (folder / manifest.NAME).is_file():
+        if ours and not (folder / manifest.NAME).is_file() and recognise(folder) in (None, "torch_dist"):
             why = "its save never finished (no manifest)"
         yield Candidate(folder, number, why)
     if (path / store.RELEASE).is_dir():
@@ -193,7 +203,7 @@ def _chosen(path: Path, candidates: list[Candidate], step: int | None) -> Found:
                     f"`{path}` holds no whole checkpoint", *(f"`{c.folder}`: {c.why_not}" for c in candidates[-3:])
                 )
     name = recognise(one.folder)
-    if one.why_not is not None and (name != "megatron" or (one.folder / manifest.NAME).is_file()):
+    if one.why_not is not None and (name not in READERS_SAY or (one.folder / manifest.NAME).is_file()):
         raise _not_whole(one.folder, one.why_not)
     if name is None:
         raise _unknown(one.folder)

@@ -15,7 +15,7 @@ from cpt.base.errors import UsageError
 from cpt.base.files import read_json, why_unreadable
 from cpt.base.registry import nearest, unknown
 from cpt.checkpoint import mapping
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 Json = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from cpt.checkpoint import mapping
 from cpt.checkpoint.arrays import Tensor, part
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT, Fused
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 SPECS = ("local", "te", "cpt")  # `cpt`: the layers of this project, which are named as Megatron's local ones
 # Where each tensor of a layer is registered, by the start of its canonical name. Transformer Engine has the attention's

@@ -150,7 +150,7 @@ def _of_engine(folder: str, tokens_BS: Any) -> Logits | None:
 
     from cpt.checkpoint import megatron_args, native
     from cpt.engine import megatron
-    from cpt.plan.types import Parallel
+    from cpt.plan.model import Parallel
 
     model = megatron_args.to_model(arguments(Path(folder)), folder)
     engine = megatron.build(model, Parallel(tp=dist.get_world_size()), precision="fp32", optimizer=None)

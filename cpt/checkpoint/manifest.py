@@ -13,7 +13,8 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable, without_nan, write_json
-from cpt.plan.types import ModelConfig, Parallel, from_json, to_json
+from cpt.base.records import from_json, to_json
+from cpt.plan.model import ModelConfig, Parallel
 
 NAME = "manifest.json"
 FORMAT = "cpt-native"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from cpt.base.errors import UsageError
 from cpt.base.registry import nearest, unknown
 from cpt.checkpoint.arrays import Fill, Tensor, as_matrix
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 
 @dataclass(frozen=True)

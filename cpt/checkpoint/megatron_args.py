@@ -17,7 +17,7 @@ from cpt.checkpoint import hf_config, pipeline_layout
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.layouts import pad_vocabulary
 from cpt.checkpoint.unpickle import Dtype
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 Args = Mapping[str, Any]
 

@@ -28,7 +28,10 @@ def parse(text: str, *, pp: int, vp: int, num_layers: int) -> tuple[int, ...]:
     elif "=" in given:
         counts = _ends(given, pp, vp, num_layers)
     elif re.fullmatch(r"[EtL|*\d(),]+", given):
-        counts = tuple(part.count("t") for part in _written_out(given).split("|"))
+        written = _written_out(given)
+        if not re.fullmatch(r"E[t|]*L", written):
+            raise UsageError(f"the pipeline layout `{text}` needs one `E` at its start and one `L` at its end")
+        counts = tuple(part.count("t") for part in written.split("|"))
     else:
         raise UsageError(f"`{text}` is not a pipeline layout; accepted forms: {FORMS}")
     if len(counts) != pp * vp or sum(counts) != num_layers:
@@ -45,7 +48,9 @@ def _ends(text: str, pp: int, vp: int, num_layers: int) -> tuple[int, ...]:
         found[match[1]] = int(match[2])
     between = pp - len(found)
     rest = num_layers - sum(found.values())
-    if between < 0 or rest < 0 or (rest and not between) or (between and rest % between):
+    if rest < 0:
+        raise UsageError(f"`{text}` asks for {sum(found.values())} layers, the model has {num_layers}")
+    if between < 0 or (rest and not between) or (between and rest % between):
         raise UsageError(
             f"`{text}` leaves {rest} of {num_layers} layers for {max(0, between)} ranks: they cannot be shared equally"
         )

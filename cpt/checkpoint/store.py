@@ -21,7 +21,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,7 +28,9 @@ from cpt.base.errors import EnvironmentProblem, Fenced, UsageError
 from cpt.base.files import fsync_folder, read_json, write_atomic
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.manifest import Manifest, Origin, is_whole, why_not_whole
-from cpt.plan.types import Retain, Saving
+
+if TYPE_CHECKING:
+    from cpt.plan.types import Retain, Saving
 
 if TYPE_CHECKING:
     from cpt.base.lock import Fence
@@ -122,6 +123,8 @@ def newest_good(
 
 def why_damaged(folder: Path) -> str | None:
     """Which file of a whole checkpoint has other bytes than were written; None when none has. Reads everything."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from cpt.checkpoint.sums import Summing, file_sums
 
     try:

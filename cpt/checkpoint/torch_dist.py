@@ -289,21 +289,7 @@ class Folder:
         value = archive.value[0] if record and isinstance(archive.value, list) and archive.value else archive.value
         if not isinstance(value, dict):
             raise UsageError(f"`{path}` does not hold a Megatron checkpoint's common part")
-
-        def numbers(value: Any) -> Any:
-            if isinstance(value, unpickle.TensorRecord):
-                stored = archive.storages.get(value.storage.key)
-                if stored is None or value.storage.dtype not in CARRIERS or math.prod(value.size) != 1:
-                    return value
-                held = np.frombuffer(data, CARRIERS[value.storage.dtype], 1, stored.start)
-                return convert(held.reshape(1, 1), value.storage.dtype, "float64").item()
-            if isinstance(value, dict):
-                return {k: numbers(v) for k, v in value.items()}
-            if isinstance(value, list | tuple):
-                return type(value)(numbers(v) for v in value)
-            return value
-
-        return dict(numbers(value))
+        return dict(_numbers(value, data, archive.storages))
 
     def read(self, key: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> torch.Tensor:
         """A block of a tensor, copied; the whole tensor by default. Parts outside the stored shape are zero."""
@@ -492,3 +478,18 @@ def _from_readonly(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.frombuffer(view, dtype=dtype)
+
+
+def _numbers(value: Any, data: mmap.mmap, storages: Mapping[str, torch_zip.Stored]) -> Any:
+    """A value with its tensors of one number as that number."""
+    if isinstance(value, unpickle.TensorRecord):
+        stored = storages.get(value.storage.key)
+        if stored is None or value.storage.dtype not in CARRIERS or math.prod(value.size) != 1:
+            return value
+        held = np.frombuffer(data, CARRIERS[value.storage.dtype], 1, stored.start)
+        return convert(held.reshape(1, 1), value.storage.dtype, "float64").item()
+    if isinstance(value, dict):
+        return {k: _numbers(v, data, storages) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_numbers(v, data, storages) for v in value)
+    return value

@@ -44,10 +44,28 @@ class FileSums:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """How far a file is: its first bytes, and the CRC-32 of them [bytes]."""
+    """How far a file is, and the sums of its first bytes.
+
+    Args:
+        size: how many are written [bytes].
+        parts: parts of the plan that are whole.
+        total: CRC-32 of those.
+        inside: what there is of the payload after them [bytes].
+        crc: CRC-32 of that.
+        sums: CRC-32 of each payload that is whole.
+    """
 
     size: int
-    crc32: int
+    parts: int
+    total: int
+    inside: int
+    crc: int
+    sums: tuple[int, ...]
+
+    @property
+    def crc32(self) -> int:
+        """Of all that is written."""
+        return crc32_of_both(self.total, self.crc, self.inside)
 
 
 class Written:
@@ -64,7 +82,27 @@ class Written:
     @property
     def mark(self) -> Mark:
         """How far it is."""
-        return Mark(size=self.size, crc32=crc32_of_both(self._total, self._crc, self.inside))
+        return Mark(
+            size=self.size,
+            parts=self.parts,
+            total=self._total,
+            inside=self.inside,
+            crc=self._crc,
+            sums=tuple(self.sums),
+        )
+
+    @classmethod
+    def up_to(cls, out: OutFile, mark: Mark) -> Written | None:
+        """What a file holds that nobody has touched since its mark; None where the mark does not fit the file, or a
+        SHA-256 is wanted, which needs the bytes themselves."""
+        whole = out.parts[: mark.parts]
+        fits = sum(map(part_bytes, whole)) + mark.inside == mark.size
+        if out.sha256 or not fits or len(mark.sums) != sum(isinstance(p, Payload) for p in whole):
+            return None
+        written = cls(out)
+        written.size, written.parts, written.inside = mark.size, mark.parts, mark.inside
+        written.sums, written._total, written._crc = [*mark.sums], mark.total, mark.crc
+        return written
 
     def text(self, data: bytes) -> None:
         """Count a part that is no payload."""
@@ -116,7 +154,7 @@ def write_file(
             written: checks of values; may raise to stop.
         after: called with what is written and the payload after each block, and with None before the file is synced:
             progress; may raise to stop.
-        there: what an earlier run has written, as `read_again` gives it; the file goes on from there.
+        there: what an earlier run has written; the file goes on from there.
     """
     path = folder / out.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +211,7 @@ def read_again(out: OutFile, folder: Path, mark: Mark, turn: Callable[[], None] 
                 written.text(file.read(size))
             if written.size == mark.size or size < part_bytes(part):
                 break
-        return written if written.mark == mark else None
+        return written if (written.size, written.mark.crc32) == (mark.size, mark.crc32) else None
     return None
 
 

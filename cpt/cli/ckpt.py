@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cpt.checkpoint.find import Found
     from cpt.checkpoint.formats import Reading
     from cpt.checkpoint.manifest import Manifest
-    from cpt.plan.types import ModelConfig
+    from cpt.plan.model import ModelConfig
 
 Where = Annotated[
     str, typer.Argument(metavar="RUN|FOLDER", help="A run or its name, a stage, or a folder of checkpoints.")
@@ -54,8 +54,7 @@ def list_checkpoints(path: Where, json: Json = False) -> int:
     from cpt.checkpoint import find, manifest, store
 
     where = place(path)
-    if not where.is_dir():
-        raise UsageError(f"`{path}` is not a folder")
+    find.refuse_unfinished(where)
     rows: list[dict[str, Any]] = []
     for one in find.listed(where):
         kind = find.recognise(one.folder)
@@ -155,9 +154,9 @@ def _show_native(folder: Path, found: Manifest) -> int:
 
 def _show_content(found: Found, reading: Reading, json: bool) -> int:
     """What a checkpoint of any format says of itself."""
+    from cpt.base.records import to_json
     from cpt.checkpoint import content as contents
     from cpt.checkpoint import find, hf_config, origin
-    from cpt.plan.types import to_json
 
     form = find.known()[found.format]
     try:
@@ -379,6 +378,8 @@ def diff(
         lines += _some([f"only in {text}: {what}" for s, what in found.only if s == side], f"only in {text}")
     lines += _some([f"{name}: {_short(x)} and {_short(y)}" for name, x, y in found.fields], "fields")
     result("\n".join(lines))
+    if not found.tensors and not weights:
+        note("`--weights` compares the model and its weights only")
     return FAILED
 
 

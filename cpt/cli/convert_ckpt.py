@@ -124,9 +124,7 @@ def command(
         str, typer.Option("--file-size", metavar="SIZE", help="Size at which another file is begun.")
     ] = "2GiB",
     block: Annotated[str, typer.Option("--block", metavar="SIZE", help="Memory of a worker for values.")] = "64MiB",
-    recheck: Annotated[
-        bool, typer.Option("--recheck", help="Going on: read again what an earlier run finished.")
-    ] = False,
+    recheck: Annotated[bool, typer.Option("--recheck", help="Going on: read again what an earlier run wrote.")] = False,
     verify: Annotated[
         str, typer.Option("--verify", metavar="usual|full", help="`full`: read everything again at the end.")
     ] = "usual",
@@ -165,7 +163,7 @@ def command(
     refuse_unused(to, writing, pipeline_layout)
     size = _size("--block", block, 1 << 16)
     request = Request(
-        source=_source(source),
+        source=place(source),
         out=out,
         to=to,
         reading=reading,
@@ -229,30 +227,6 @@ def _convert(plan: Plan, running: Any, json: bool, sides: tuple[Path, Path] | No
     else:
         result(report_text(plan, report, worst))
     return 0
-
-
-def _source(name: str) -> Path:
-    """The folder that IN means."""
-    from cpt.base.registry import nearest
-
-    if not name:
-        return place(name)  # which refuses it
-    try:
-        path = place(name)
-        if path.exists() or path.parent.is_dir():
-            return path
-        there = next(p for p in path.parents if p.is_dir())
-        wrong, *rest = path.relative_to(there).parts
-        near = nearest(wrong, [p.name for p in there.iterdir() if p.is_dir()])
-        if near is None:
-            return path
-        raise UsageError(f"there is no folder `{there / wrong}`", f"did you mean `{there.joinpath(near, *rest)}`?")
-    except UsageError as error:
-        if Path(name).name != name:
-            raise
-        near = nearest(name, [p.name for p in Path().iterdir() if p.is_dir()])
-        hints = [f"did you mean `{near}`?"] if near else list(error.hints)
-        raise UsageError(f"there is no folder `{name}`, and no run of this name", *hints) from None
 
 
 def _cores() -> int:

@@ -63,7 +63,8 @@ def _short(text: str) -> str:
 def _plan(text: str, overrides: list[str]) -> RunPlan:
     """The plan that a word stands for: a file, a run, or a recipe with overrides."""
     from cpt.base.files import read_json
-    from cpt.plan.types import RunPlan, from_json
+    from cpt.base.records import from_json
+    from cpt.plan.types import RunPlan
     from cpt.report.runs import find_run
 
     try:

@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from cpt.base.errors import (
     ENVIRONMENT,
@@ -121,32 +121,37 @@ def _flag_error(error: Exception) -> UsageError:
         wrong = unknown("command", name, [k for k in known if k])
         message, hints = f"`{path}` has no command `{name}`", list(wrong.hints)
     elif type(error).__name__ == "MissingParameter":
-        metavar = getattr(getattr(error, "param", None), "metavar", None) or "argument"
-        message = f"`{path}` wants {metavar}"
+        param = getattr(error, "param", None)
+        metavar = getattr(param, "metavar", None) or "argument"
+        flag = next((f for f in getattr(param, "opts", ()) if f.startswith("--")), None)
+        message = f"`{path}` wants " + (f"`{flag} {metavar}`" if flag else metavar)
         if "RUN" in metavar:
             from cpt.report.runs import hints as runs_there
 
             hints += runs_there("", Path("runs"))
-    elif found := getattr(error.__context__, "errors", None):  # of pydantic, which reads the flag's number
-        message = _wrong_number(getattr(error, "param", None), found()[0])
+    elif number := _wrong_number(error):
+        message = number
     elif message:
         message = message[0].lower() + message[1:].replace("'", "`")
     return UsageError(message, *hints, f"`{path} --help` explains the command")
 
 
-def _wrong_number(param: Any, found: Mapping[str, Any]) -> str:
-    """What is wrong with a flag's number.
-
-    Args:
-        found: of pydantic: the kind of error, what was given, and the bounds.
-    """
-    given = f"`{param.opts[0]} {found['input']}`"
-    bounds = found.get("ctx", {})
-    if found["type"] == "greater_than_equal":
-        return f"{given} is too small, the least is {bounds['ge']}"
-    if found["type"] == "less_than_equal":
-        return f"{given} is too large, the most is {bounds['le']}"
-    return f"{given}: wanted is a {'whole ' * found['type'].startswith('int')}number"
+def _wrong_number(error: Exception) -> str | None:
+    """What is wrong with a flag's number; None if that is not the error."""
+    param = getattr(error, "param", None)
+    kind = getattr(param, "type", None)
+    name = type(kind).__name__  # IntRange, FloatParamType, ...: click's, which Typer brings along or needs
+    given, what, why = getattr(error, "message", "").rpartition(" is not ")
+    if not what or not name.startswith(("Int", "Float")):
+        return None
+    given = given.strip("'")
+    flag = f"`{param.opts[0]} {given}`"  # type: ignore[union-attr]
+    if not why.startswith("in the range"):
+        return f"{flag}: wanted is a {'whole ' * name.startswith('Int')}number"
+    least, most = getattr(kind, "min", None), getattr(kind, "max", None)
+    if least is not None and float(given) < least:
+        return f"{flag} is too small, the least is {least}"
+    return f"{flag} is too large, the most is {most}"
 
 
 def blocks(error: CptError) -> Iterator[CptError]:

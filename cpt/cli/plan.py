@@ -64,8 +64,8 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
     """The plan as data: the plan itself, its warnings and its estimates."""
     import dataclasses
 
+    from cpt.base.records import to_json
     from cpt.config import build
-    from cpt.plan.types import to_json
     from cpt.report.plan_text import time_warnings
 
     estimates = cost(plan)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import PlanError, UsageError
 from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
+from cpt.base.records import from_json
 from cpt.base.registry import nearest
 from cpt.plan.check import CONVERT_HINT, why_not_trained
-from cpt.plan.types import Conversion, Lr, ModelConfig, from_json
+from cpt.plan.model import ModelConfig
+from cpt.plan.types import Conversion, Lr
 
 if TYPE_CHECKING:
     from cpt.schedules.join import ParentLr

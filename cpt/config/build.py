@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
+from cpt.base.records import to_json
 from cpt.config import base as bases
 from cpt.config import convert_checks, law_checks, machine
 from cpt.config import laws as law_stages
@@ -34,17 +35,8 @@ from cpt.config.schema import ROOT, Section, node_at
 from cpt.config.suggest import dotted
 from cpt.plan import check, fingerprint
 from cpt.plan.budget import check_memory
-from cpt.plan.types import (
-    Base,
-    DataOptions,
-    Lr,
-    ModelConfig,
-    RunPlan,
-    Source,
-    StagePlan,
-    Tokenizer,
-    to_json,
-)
+from cpt.plan.model import ModelConfig
+from cpt.plan.types import Base, DataOptions, Lr, RunPlan, Source, StagePlan, Tokenizer
 
 if TYPE_CHECKING:
     from cpt.schedules.join import StageLr

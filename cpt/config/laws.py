@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
+from cpt.base.records import to_json
 from cpt.base.registry import unknown
 from cpt.config.kinds import LawValue
 from cpt.config.law_grid import Grid, Size, law_name, make_grid, proxies, proxy_tokens, replayed, seed_of
 from cpt.config.suggest import dotted
 from cpt.plan.budget import training_flops
 from cpt.plan.check import decays
-from cpt.plan.types import ModelConfig, StagePlan, to_json
+from cpt.plan.model import ModelConfig
+from cpt.plan.types import StagePlan
 
 TOLERANCE = 0.05  # rise of the general loss that is allowed when the recipe says nothing [fraction]
 RATIO = 0.5  # stands in for a ratio that is not known yet

@@ -11,10 +11,11 @@ from typing import Any
 
 from cpt.base.files import read_json
 from cpt.base.processes import num_cores
+from cpt.base.records import to_json
 from cpt.launch import Launcher
 from cpt.launch.batch import Batch
 from cpt.plan.budget import Devices, Measured
-from cpt.plan.types import RunPlan, Train, to_json
+from cpt.plan.types import RunPlan, Train
 
 CORE_FLOPS_PER_S = 20e9  # of one processor core in fp32 training; seen here: 16 to 25 on a 1M-parameter Llama
 SHARE_OF_PEAK = 0.4

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpt.base.errors import CptError, PlanError, UsageError
 from cpt.config.schema import MODEL, REQUIRED, Key
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 # What a family means where `model:` does not say otherwise.
 _RMS: dict[str, Any] = {"normalization": "rmsnorm", "activation": "swiglu", "rotary_percent": 1.0}

@@ -13,19 +13,8 @@ from cpt.config.kinds import AUTO
 from cpt.config.order import From
 from cpt.config.read import complete, make
 from cpt.config.schema import PARALLEL, REPLAY, REQUIRED, STAGE_KEYS, TRAIN_KEYS, Key, Section
-from cpt.plan.types import (
-    Anomalies,
-    Evaluate,
-    Lr,
-    Optimizer,
-    Parallel,
-    Replay,
-    Retain,
-    Saving,
-    StagePlan,
-    StopIf,
-    Train,
-)
+from cpt.plan.model import Parallel
+from cpt.plan.types import Anomalies, Evaluate, Lr, Optimizer, Replay, Retain, Saving, StagePlan, StopIf, Train
 
 STAGE = Section("a train stage", {**STAGE_KEYS, **TRAIN_KEYS})
 _NO_LR = Lr(schedule="", options={})

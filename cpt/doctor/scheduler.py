@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.base.errors import CptError
+from cpt.base.file_systems import file_system, is_network
 from cpt.base.registry import nearest
 from cpt.base.units import show_duration
 from cpt.doctor.check import Check, Status
@@ -36,7 +37,6 @@ CLOCK_SECONDS = 3.0  # clocks that differ by more are named
 FAR_SECONDS = 366 * 86400  # a promised start that is further away means nothing
 EARLY_SECONDS = 60.0  # Slurm may send the signal before the limit so much earlier than asked
 SHORT_SECONDS = 60.0  # a save of a large model may take longer
-_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "pvfs2", "orangefs", "panfs", "wekafs", "afs")
 _OWN = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _USABLE = ("idle", "mixed", "allocated", "completing", "reserved", "planned", "allocating", "powered_down")
 _GPU = re.compile(r"\bgpu(?::([A-Za-z_][\w.-]*))?:(\d+)")
@@ -508,32 +508,3 @@ def _shared(runs: Path, cache: Path, options: Slurm) -> Check:
 
 def _is_own(path: Path) -> bool:
     return any(path.is_relative_to(folder) for folder in _OWN)
-
-
-def is_network(kind: str) -> bool:
-    """Whether several machines can have a file system of a type mounted."""
-    return kind.startswith((*_NETWORK, "fuse."))
-
-
-def file_system(path: Path, mounts: str | None = None) -> str:
-    """The type of the file system that a path is or would be on; empty when it cannot be known.
-
-    Args:
-        mounts: as in /proc/self/mountinfo; None = this machine's.
-    """
-    if mounts is None:
-        try:
-            mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-        except OSError:
-            return ""
-        path = path.resolve()
-    best, kind = -1, ""
-    for line in mounts.splitlines():
-        left, _, right = line.partition(" - ")
-        words = left.split()
-        if len(words) < 5 or not right:
-            continue
-        place = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), words[4])
-        if path.is_relative_to(place) and len(place) >= best:  # of several at one place the last one counts
-            best, kind = len(place), right.split()[0]
-    return kind

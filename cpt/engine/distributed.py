@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.engine import device
-from cpt.plan.types import Parallel
+from cpt.plan.model import Parallel
 
 
 def init(

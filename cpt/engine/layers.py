@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from cpt.engine import compat
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 Tensor = torch.Tensor
 

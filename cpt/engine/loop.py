@@ -23,6 +23,7 @@ import torch
 
 from cpt.base import pulse
 from cpt.base.errors import StageFailed
+from cpt.base.records import to_json
 from cpt.data import stream as streams
 from cpt.data.stream import Stream
 from cpt.data.validation import ValidSet
@@ -32,7 +33,7 @@ from cpt.engine.lr import check_lr
 from cpt.engine.ports import Engine, Progress, Reporter, Saver
 from cpt.engine.signals import StopFlag
 from cpt.methods import Method
-from cpt.plan.types import Train, to_json
+from cpt.plan.types import Train
 
 Outcome = Literal["done", "saved", "guard", "rollback"]
 BROKEN_IMPORT = 0.8  # of ln V: a trained model is far below the loss of a uniform guess

@@ -36,7 +36,8 @@ from cpt.engine import device, optimizer, weights
 from cpt.engine.layers import Model
 from cpt.engine.ports import Engine
 from cpt.plan.check import CONVERT_HINT, why_not_trained
-from cpt.plan.types import ModelConfig, Optimizer, Parallel
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer
 
 VOCABULARY_MULTIPLE = 128
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

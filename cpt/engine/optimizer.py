@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from cpt.plan.types import Optimizer, Parallel
+from cpt.plan.model import Parallel
+from cpt.plan.types import Optimizer
 
 
 class AdamW(torch.optim.Optimizer):

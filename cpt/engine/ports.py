@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cpt.plan.types import ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
 
 
 @dataclass

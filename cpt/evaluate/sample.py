@@ -89,7 +89,7 @@ class Model:
         from cpt.checkpoint import hf, manifest, native
         from cpt.data.tokenizer import auto_bos_eos, load, special_ids
         from cpt.engine import device
-        from cpt.plan.types import Parallel
+        from cpt.plan.model import Parallel
 
         device.install()  # before Megatron-core is imported: it also silences the import's warnings
         from cpt.engine import distributed, megatron

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from cpt.base.errors import PlanError
 from cpt.base.units import show_bytes
-from cpt.plan.types import ModelConfig, Parallel, RunPlan, StagePlan, Train
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import RunPlan, StagePlan, Train
 
 GIB = 2**30
 RUNTIME = {"cpu": 0.35 * 10**9, "gpu": 2 * 10**9}  # what a rank holds besides the model: libraries, buffers [bytes]

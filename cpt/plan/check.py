@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from cpt.base.errors import CptError, PlanError
 from cpt.base.registry import unknown
 from cpt.base.units import show_count
-from cpt.plan.types import ModelConfig, Parallel, RunPlan, Source, SourceFacts, StagePlan, Train
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import RunPlan, Source, SourceFacts, StagePlan, Train
 
 MANY_PASSES = (
     4.0  # Muennighoff et al. 2023, arXiv:2305.16264: up to about 4 passes repeated text is nearly as good as new

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.base.records import to_json
 from cpt.base.units import show_count
 from cpt.plan.fingerprint import LAYOUT
-from cpt.plan.types import RunPlan, to_json
+from cpt.plan.types import RunPlan
 
 ABSENT = "absent"
 # Derived values that would only repeat the difference that they come from.

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt.base.files import canonical_json, hash_text
-from cpt.plan.types import RunPlan, StagePlan, Train, to_json
+from cpt.base.records import to_json
+from cpt.plan.types import RunPlan, StagePlan, Train
 
 FORMAT = 1
 LAYOUT = ("tp", "pp", "dp", "micro_batch_size")  # options of a stage that change its speed only

@@ -179,7 +179,7 @@ def send(run_dir: Path, mode: str, ending: threading.Event, *, must: bool = True
 
 
 def _send(plan: RunPlan, run_dir: Path, mode: str, ending: threading.Event) -> None:
-    from cpt.plan.types import to_json
+    from cpt.base.records import to_json
 
     sent = Sent(run_dir, mode)
     sent.save()

@@ -24,11 +24,12 @@ from cpt.base import lock
 from cpt.base.errors import DONE, FAILED, GUARD, SAVED, CptError, StageFailed, UsageError
 from cpt.base.events import EventLog
 from cpt.base.files import read_json, write_json
+from cpt.base.records import from_json, to_json
 from cpt.checkpoint import store
 from cpt.launch import Launcher, Work, batch, launcher_of, outcome
 from cpt.launch.batch import Batch, Inside
 from cpt.launch.heartbeat import read_beats
-from cpt.plan.types import Job, RunPlan, StagePlan, from_json, to_json
+from cpt.plan.types import Job, RunPlan, StagePlan
 from cpt.stages import STAGES, again, parents, record, state
 from cpt.stages.state import State
 

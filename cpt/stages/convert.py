@@ -125,7 +125,8 @@ def _to_native(plan: RunPlan, job: Job, stage_dir: Path) -> Path:
     from cpt.checkpoint.store import StageStore
     from cpt.engine import distributed, megatron
     from cpt.engine.ports import Progress
-    from cpt.plan.types import Parallel, Saving
+    from cpt.plan.model import Parallel
+    from cpt.plan.types import Saving
 
     if job.start != "hf":
         raise UsageError(f"stage `{job.stage}` converts to native, but `{job.parent}` is native already")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt.base.records import to_json
 from cpt.plan.diff import diff, shown
-from cpt.plan.types import RunPlan, StagePlan, to_json
+from cpt.plan.types import RunPlan, StagePlan
 from cpt.stages import state
 from cpt.stages.state import State
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpt.base.errors import DONE, SAVED, UsageError
-from cpt.plan.types import Job, Parallel, RunPlan, StagePlan
+from cpt.plan.model import Parallel
+from cpt.plan.types import Job, RunPlan, StagePlan
 from cpt.stages import STAGES, StageKind
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.base import pulse
 from cpt.launch.heartbeat import collective_seconds, hang_after
-from cpt.plan.types import Job, ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Job
 
 if TYPE_CHECKING:
     from cpt.data.validation import ValidSet

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.base.errors import DONE, SAVED, UsageError
-from cpt.plan.types import Job, Parallel, RunPlan, StagePlan
+from cpt.plan.model import Parallel
+from cpt.plan.types import Job, RunPlan, StagePlan
 from cpt.stages import STAGES, StageKind, parents, state
 
 

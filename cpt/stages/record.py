@@ -18,7 +18,8 @@ from typing import Any
 
 from cpt import __version__
 from cpt.base.files import append_line, read_json, write_atomic, write_json
-from cpt.plan.types import RunPlan, to_json
+from cpt.base.records import to_json
+from cpt.plan.types import RunPlan
 
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "gigatoken", "safetensors", "pyarrow", "wandb")
 VARIABLES = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpt.base.errors import UsageError
 from cpt.base.files import read_json, write_json
-from cpt.plan.types import from_json
+from cpt.base.records import from_json
 
 PENDING, RUNNING, SAVED, DONE, FAILED = "pending", "running", "saved", "done", "failed"
 STATUSES = (PENDING, RUNNING, SAVED, DONE, FAILED)

@@ -12,7 +12,8 @@ import pytest
 
 from cpt.base.files import write_json
 from cpt.checkpoint import store
-from cpt.plan.types import ModelConfig, Optimizer, Parallel, Saving
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer, Saving
 from tests.dist.ranks import run_ranks
 from tests.made_checkpoints import content, write
 from tests.shared import shared_data
@@ -162,6 +163,7 @@ def test_a_difference_is_told_with_index_and_values(formats: dict[str, Path]) ->
     done = cpt("ckpt", "diff", str(formats["hf"]), str(formats["atom"]))
     assert done.returncode == 1 and "only in" in done.stdout and "exp_avg of `model.embed_tokens.weight`" in done.stdout
     assert "equal values in all 30 tensors and states that both have" in done.stdout
+    assert "`--weights` compares the model and its weights only" in done.stderr
 
 
 def test_folders_of_steps_of_every_format_are_listed(formats: dict[str, Path], tmp_path: Path) -> None:
@@ -243,6 +245,7 @@ def test_an_average_of_two_formats_is_written_whole(formats: dict[str, Path], tm
         (("--weights", "1"), "names 1 numbers for 2"),
         (("--weights", "a,b"), "is not a list of numbers"),
         (("--weights", "1e308,1e308"), "their sum is no number"),
+        (("--weights", "inf,1"), "has the weight inf, wanted is a finite number of at least 0"),
         (("--to", "hff"), "did you mean `hf`"),
         (("--dtype", "int8"), "unknown value"),
     ):
@@ -277,11 +280,12 @@ def test_what_a_checkpoint_was_converted_from_is_told_in_every_format(tmp_path: 
 
 def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     for arguments, words in (
-        (("ckpt", "list", str(tmp_path / "none")), "is not a folder"),
+        (("ckpt", "list", str(tmp_path / "none")), "there is no folder"),
         (("ckpt", "show", str(tmp_path)), "is no checkpoint: it holds nothing"),
         (("ckpt", "verify", str(tmp_path)), "is no checkpoint: it holds nothing"),
         (("ckpt", "diff", str(tmp_path), str(tmp_path)), "is no checkpoint: it holds nothing"),
         (("ckpt", "average", str(tmp_path), "--out", str(tmp_path / "x")), "lies inside"),
+        (("ckpt", "average", str(tmp_path), str(tmp_path)), "wants `--out OUT`"),
         (("sample", str(tmp_path), "x"), "is no checkpoint"),
         (("sample", str(tmp_path), "x", "--top-p", "0"), "`--top-p` is 0.0"),
     ):

@@ -208,6 +208,7 @@ def test_events_as_json(big: Path, tmp_path: Path) -> None:
         (["in", "there", "--to", "hf"], "exists already"),
         (["in", "in/config.json/out", "--to", "hf"], "lies inside"),
         (["in", "file/out", "--to", "hf"], "is a file"),
+        (["in", "taken", "--to", "hf"], "taken.partial` is there and is no folder"),
         (["in", "o" * 250, "--to", "hf"], "name too long"),
         (["in", "o" * 300, "--to", "hf"], "name too long"),
         (["there", "out", "--to", "hf"], "is no checkpoint"),
@@ -226,6 +227,7 @@ def test_wrong_commands_are_refused_in_one_sentence(
     (here / "there").mkdir()
     (here / "there" / "notes.txt").write_text("mine")
     (here / "file").write_text("mine")
+    (here / "taken.partial").write_text("mine")
     (here / "gpt2").mkdir()
     (here / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     (here / "half.partial").mkdir()
@@ -307,7 +309,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
         return []
 
 
-def none_lives(session: int, seconds: float = 5.0) -> None:
+def none_lives(session: int, seconds: float = 20.0) -> None:
     """Within some seconds no process of a session is left."""
     deadline = time.monotonic() + seconds
     while left := processes.session_members(session):
@@ -372,7 +374,7 @@ def test_a_stop_is_saved_and_says_how_to_go_on(
     while process.poll() is None and not journal(out):
         time.sleep(0.002)
     os.killpg(process.pid, number)  # as a terminal does: to all of them
-    text = process.communicate(timeout=30)[1]
+    text = process.communicate(timeout=120)[1]
     assert process.returncode == 75, text
     assert "files are finished" in text and "the same command goes on" in text and "Traceback" not in text
     none_lives(process.pid)

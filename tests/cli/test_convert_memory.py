@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cpt.checkpoint import hf_config, mapping
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests.checkpoints import PLAIN
 
 # The largest tensor of the large one has ten times the values of the small one's.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cpt.base.records import to_json
 from cpt.config import build
-from cpt.plan.types import to_json
 from tests.command import cpt, write_project
 
 

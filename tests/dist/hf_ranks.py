@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cpt.plan.types import ModelConfig, Optimizer, Parallel
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer
 
 
 def logits(folder: str, parallel: Parallel, tokens: np.ndarray) -> np.ndarray | None:

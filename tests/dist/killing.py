@@ -105,7 +105,7 @@ class Running:
         self.newest_ranks = sorted(c.pid for p in parents for c in _children(p))
         return self.newest_ranks
 
-    def orphans(self, seconds: float = 5.0) -> list[int]:
+    def orphans(self, seconds: float = 20.0) -> list[int]:
         """Pids of the tree that still live after some seconds. The command itself must have ended."""
         deadline = time.monotonic() + seconds
         while True:

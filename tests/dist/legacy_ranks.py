@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 STEPS = 3
 METADATA = {

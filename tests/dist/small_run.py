@@ -18,23 +18,9 @@ from cpt.base.files import read_lines, write_json
 from cpt.checkpoint import store
 from cpt.data import catalog, prepare, tokenizer
 from cpt.methods import METHODS, Method
-from cpt.plan.types import (
-    Base,
-    DataOptions,
-    Evaluate,
-    Job,
-    Lr,
-    ModelConfig,
-    Optimizer,
-    Parallel,
-    RunPlan,
-    Saving,
-    Source,
-    StagePlan,
-    Tokenizer,
-    Train,
-    to_json,
-)
+from cpt.plan.types import Base, DataOptions, Evaluate, Job, Lr, Optimizer, RunPlan, Saving, Source, StagePlan, Tokenizer, Train
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.base.records import to_json
 
 SEQ, BATCH, STEPS = 32, 8, 12
 MODEL = ModelConfig(
@@ -150,7 +136,7 @@ class SmallRun:
 def work(job: Job) -> int:
     """What a rank does for a job; to be given to `run_ranks`."""
     from cpt.base.files import read_json
-    from cpt.plan.types import from_json
+    from cpt.base.records import from_json
     from cpt.stages.train import TrainStage
 
     return TrainStage.work(from_json(RunPlan, read_json(Path(job.run_dir) / "plan.json")), job)

@@ -11,7 +11,7 @@ import pytest
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint.average import Average, Member
-from cpt.plan.types import ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
 from tests.dist.ranks import run_ranks
 from tests.dist.test_checkpoint import LLAMA, Run, progress
 
@@ -110,7 +110,7 @@ def test_models_of_another_shape_and_wrong_weights_are_refused(folders: Any, tmp
     run_ranks(Parallel(), save, dataclasses.replace(LLAMA, num_layers=2), "fp32", str(other), 1)
     with pytest.raises(UsageError, match="have different model shapes"):
         Average([Member(folders["fp32"][0], 0.5), Member(other, 0.5)])
-    with pytest.raises(UsageError, match="has the weight -1, wanted at least 0"):
+    with pytest.raises(UsageError, match="has the weight -1, wanted is a finite number"):
         Average([Member(other, -1.0)])
     with pytest.raises(UsageError, match="an average needs a checkpoint with a weight above 0"):
         Average([Member(other, 0.0)])

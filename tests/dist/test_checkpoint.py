@@ -20,7 +20,8 @@ from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import store, verify
 from cpt.checkpoint.manifest import Origin
 from cpt.checkpoint.torch_dist import Folder
-from cpt.plan.types import ModelConfig, Optimizer, Parallel, Retain, Saving
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer, Retain, Saving
 from tests.dist.ranks import RankFailed, run_ranks
 from tests.shared import shared_data
 
@@ -355,7 +356,7 @@ def fail_on_one_rank(root: str, asynchronous: bool) -> str:
         keeper.save(run.engine, progress(2), phase="train")
         keeper.wait()
     except EnvironmentProblem as error:
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 40
         return error.message
     return "nothing was raised"
 
@@ -618,7 +619,7 @@ def test_an_export_without_room_is_one_clear_error(tmp_path: Path, monkeypatch: 
     from cpt.checkpoint import export
 
     run_ranks(Parallel(), stored, LLAMA, Parallel(), str(tmp_path / "iter_0000001"))
-    monkeypatch.setattr("os.statvfs", lambda path: type("facts", (), {"f_bavail": 10, "f_frsize": 100})())
+    monkeypatch.setattr("os.statvfs", lambda path: type("facts", (), {"f_blocks": 99, "f_bavail": 10, "f_frsize": 100})())
     with pytest.raises(EnvironmentProblem, match="not enough disk space for"):
         export.to_hf(tmp_path / "iter_0000001", tmp_path / "deep" / "hf")
     assert not (tmp_path / "deep").exists()

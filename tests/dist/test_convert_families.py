@@ -15,7 +15,7 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint import hf_config, logits
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.formats import Writing
-from cpt.plan.types import Parallel
+from cpt.plan.model import Parallel
 from tests import hf_models
 from tests.checkpoints import convert, read_safetensors, write_safetensors
 from tests.dist.ranks import run_ranks

@@ -14,7 +14,7 @@ from cpt.checkpoint.arrays import Files, payload
 from cpt.checkpoint.content import Content, Layout
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.writing import blocks
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests.dist import legacy_ranks
 from tests.dist.legacy_ranks import Case
 from tests.dist.ranks import run_ranks

@@ -13,7 +13,7 @@ from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix
 from cpt.checkpoint.content import MODEL, OPTIMIZER, Content, Layout
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.formats.torch_dist import TorchDist
-from cpt.plan.types import ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
 from tests import made_checkpoints
 from tests.dist import legacy_ranks
 from tests.dist.ranks import run_ranks

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpt.plan.types import ModelConfig, Optimizer, Parallel
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Optimizer
 from tests.dist.ranks import run_ranks
 
 LLAMA = ModelConfig(

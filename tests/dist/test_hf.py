@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpt.plan.types import Parallel
+from cpt.plan.model import Parallel
 from tests import hf_models
 from tests.dist import hf_ranks
 from tests.dist.ranks import RankFailed, run_ranks

@@ -12,7 +12,8 @@ import torch
 from cpt.base.errors import DONE, GUARD, SAVED
 from cpt.checkpoint import store
 from cpt.engine.anomalies import judge, judge_grad_norm, roll_back
-from cpt.plan.types import Anomalies, Evaluate, Parallel, Saving, StopIf
+from cpt.plan.types import Anomalies, Evaluate, Saving, StopIf
+from cpt.plan.model import Parallel
 from tests.dist.ranks import RankFailed, run_ranks
 from tests.dist.small_run import BATCH, MODEL, SEQ, STEPS, SmallRun, weights, work
 

@@ -17,7 +17,7 @@ from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.formats.torch_dist import TorchDist
 from cpt.checkpoint.job import planning
 from cpt.checkpoint.job.convert import convert
-from cpt.plan.types import ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
 from tests.dist.ranks import run_ranks
 from tests.dist.test_checkpoint import LLAMA, TIED, Run
 from tests.dist.test_convert_torch_dist import saved_by_both

@@ -67,7 +67,7 @@ class Cluster:
         """Slurm's word for a job (of one array element: `95_2`); empty when it is forgotten."""
         return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T", check=False)
 
-    def wait(self, job: str, states: str | Collection[str] = FINAL, seconds: float = 30) -> str:
+    def wait(self, job: str, states: str | Collection[str] = FINAL, seconds: float = 120) -> str:
         """Wait until a job is in one of some states; gives it."""
         wanted = {states} if isinstance(states, str) else set(states)
         end = time.monotonic() + seconds
@@ -78,7 +78,7 @@ class Cluster:
             time.sleep(0.1)
         return state
 
-    def start_now(self, job: str, seconds: float = 30) -> None:
+    def start_now(self, job: str, seconds: float = 120) -> None:
         """End the two minutes that a job waits after a requeue."""
         self.wait(job, "PENDING", seconds)
         # A node refuses what was granted in the same second in which the run before was ended ("credential revoked"),
@@ -116,12 +116,12 @@ class Cluster:
         """End slurmctld, so that it saves what it knows; `start` brings it back."""
         pid = self.controller
         os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while lives(pid):
             assert time.monotonic() < end, "slurmctld does not end"
             time.sleep(0.05)
 
-    def clear(self, seconds: float = 30) -> None:
+    def clear(self, seconds: float = 120) -> None:
         """Cancel every job, wait for their processes to end, bring every node back."""
         self.run("scancel", "--user", self.run("id", "-un"))
         for node in sorted(self._away):
@@ -176,3 +176,11 @@ def clusters() -> Iterator[Callable[..., Cluster]]:
 def cluster(clusters: Callable[..., Cluster]) -> Cluster:
     """Two nodes of four CPUs, partitions `main`, `short` (2 minutes at most) and `spot`; no accounting."""
     return clusters("main")
+
+
+@pytest.fixture(autouse=True)
+def _clear(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No job and no lost node of a test meets the next one."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()

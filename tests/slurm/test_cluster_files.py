@@ -40,7 +40,6 @@ stages:
 @pytest.fixture
 def place(tmp_path: Path, cluster: Cluster) -> Place:
     """A folder with a recipe and the file of a cluster."""
-    cluster.clear()
     return Place(tmp_path, cluster, two=RECIPE)
 
 

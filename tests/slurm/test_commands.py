@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,6 @@ from cpt.launch.slurm.commands import Away, Commands, Refused, TryLater
 from tests.slurm.conftest import Cluster
 
 _tokens = (f"cpt-test-{os.getpid()}-{n}" for n in itertools.count())
-
-
-@pytest.fixture(autouse=True)
-def _clear(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.clear()
 
 
 @pytest.fixture
@@ -194,7 +188,7 @@ def test_requeue_cancel_and_signal(
     job = commands.submit(script(*lines), next(_tokens))
     waits = commands.submit(script("#SBATCH --begin=now+1hour"), next(_tokens))
     cluster.wait(job, "RUNNING")
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not (tmp_path / "up").exists() and time.monotonic() < end:
         time.sleep(0.05)
     commands.signal([job, waits, "99999"], "USR2")
@@ -228,8 +222,8 @@ def test_a_controller_that_stands_still_is_given_up_in_time(cluster: Cluster, sc
             commands.submit(script(), token)
     finally:
         os.kill(cluster.controller, signal.SIGCONT)
-    assert time.monotonic() - began < 4 and "may be in the queue" in away.value.hints[0]
-    end = time.monotonic() + 10  # as the controller comes to it, the same command finds it
+    assert time.monotonic() - began < 8 and "may be in the queue" in away.value.hints[0]
+    end = time.monotonic() + 60  # as the controller comes to it, the same command finds it
     while (job := Commands(environ=cluster.environ).find(token)) is None and time.monotonic() < end:
         time.sleep(0.1)
     assert job and Commands(environ=cluster.environ).submit(script(), token, again=True) == job

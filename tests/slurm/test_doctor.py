@@ -41,7 +41,7 @@ def test_a_good_launcher_passes_and_nothing_is_submitted(
     before = cluster.run("squeue", "-h", "-t", "all", "-o", "%i")
     start = time.monotonic()
     found = ask(cluster)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert failed(found) == []
     assert [n for n, c in found.items() if c.status == "warn"] in ([], ["shared files"])
     assert found["slurm"].found.startswith("Slurm ")

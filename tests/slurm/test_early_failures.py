@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,6 @@ stages:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
     return Place(tmp_path_factory.mktemp("slurm-early"), cluster, two=RECIPE)
-
-
-@pytest.fixture(autouse=True)
-def _clear(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.clear()
 
 
 def ended(place: Place, runs: str, stage: str = "long") -> None:

@@ -166,12 +166,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Place:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _clear(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.clear()
-
-
 @pytest.fixture
 def hurry(cluster: Cluster) -> Iterator[None]:
     """Jobs that went back into the queue start now, not after two minutes."""
@@ -295,27 +289,18 @@ def test_a_failing_stage_takes_those_behind_it_out_of_the_queue(place: Place) ->
     assert "nan" in place.cpt("logs", "failing/it", "--lines", "0")
 
 
-def test_a_lost_node_does_not_end_a_run(place: Place, hurry: None) -> None:
-    place.send("lost")
-    place.wait_step("lost", "long", step=12)
-    node = place.cluster.run("squeue", "-h", "-j", place.job("lost", "long"), "-o", "%N")
-    place.cluster.crash(node)
-    place.wait_done("lost")
+@pytest.mark.parametrize("loss", [Cluster.crash, Cluster.kill_slurmd], ids=["node", "slurmd"])
+def test_a_lost_node_does_not_end_a_run(loss: Callable[[Cluster, str], None], place: Place, hurry: None) -> None:
+    """Where slurmd alone dies its ranks live on: the job is started again elsewhere while they still write."""
+    runs = loss.__name__
+    place.send(runs)
+    place.wait_step(runs, "long", step=12)
+    node = place.cluster.run("squeue", "-h", "-j", place.job(runs, "long"), "-o", "%N")
+    loss(place.cluster, node)
+    place.wait_done(runs)
     place.cluster.up(node)
-    assert place.state("lost", "long").attempt >= 2
-    assert_same(place, "lost")
-
-
-def test_ranks_that_slurm_has_lost_publish_nothing(place: Place, hurry: None) -> None:
-    """slurmd dies, its ranks live on: the job is started again elsewhere while they still write."""
-    place.send("split")
-    place.wait_step("split", "long", step=12)
-    node = place.cluster.run("squeue", "-h", "-j", place.job("split", "long"), "-o", "%N")
-    place.cluster.kill_slurmd(node)
-    place.wait_done("split")
-    place.cluster.up(node)
-    assert place.state("split", "long").attempt >= 2
-    assert_same(place, "split")
+    assert place.state(runs, "long").attempt >= 2
+    assert_same(place, runs)
 
 
 def test_a_cancelled_run_is_saved_and_goes_on(place: Place) -> None:

@@ -81,7 +81,7 @@ class Stage:
     def attempts(self) -> list[Path]:
         return sorted(self.folder.glob("attempt_*"))
 
-    def wait_for(self, name: str, count: int = 4, seconds: float = 30) -> None:
+    def wait_for(self, name: str, count: int = 4, seconds: float = 120) -> None:
         """Until ranks have written their files of a name into the newest attempt."""
         end = time.monotonic() + seconds
         while len(list(self.folder.glob(f"attempt_*/{name}*"))) < count:
@@ -94,7 +94,6 @@ def real(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for name in list(cluster.environ):
         if name.startswith("SLURM_"):
             monkeypatch.setenv(name, cluster.environ[name])
-    cluster.clear()
     return cluster
 
 

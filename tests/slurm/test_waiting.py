@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,12 +55,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Small:
     return Small(tmp_path_factory.mktemp("slurm-waiting"), cluster, small=RECIPE)
 
 
-@pytest.fixture(autouse=True)
-def _clear(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.clear()
-
-
 def read_until(child: subprocess.Popen[str], wanted: str) -> str:
     """What a command prints up to the line that has a text."""
     assert child.stdout is not None
@@ -77,7 +70,7 @@ def rest(child: subprocess.Popen[str]) -> str:
     """What else it prints until it ends."""
     assert child.stdout is not None
     said = child.stdout.read()
-    child.wait(timeout=10)
+    child.wait(timeout=60)
     return said
 
 

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 from cpt import __version__
 from cpt.base.errors import UsageError
 from cpt.base.files import canonical_json, hash_text, read_json, why_unreadable
+from cpt.base.records import from_json, to_json
 from cpt.checkpoint import hf_config, mapping
 from cpt.checkpoint.arrays import Array, Fill, Payload, Place, Segment, as_matrix, itemsize
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom, Content, Optimizer
@@ -36,7 +37,7 @@ from cpt.checkpoint.safetensors_files import Place as Header
 from cpt.checkpoint.safetensors_files import read_header
 from cpt.checkpoint.unpickle import Dtype
 from cpt.checkpoint.writing import FileSums
-from cpt.plan.types import ModelConfig, from_json, to_json
+from cpt.plan.model import ModelConfig
 
 NAME, VERSION = "cpt-atom", 1
 MANIFEST, HF, CONFIG = "atom.json", "hf", "config.json"

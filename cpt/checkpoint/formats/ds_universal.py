@@ -38,7 +38,7 @@ from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, OPTIMIZER, Atom,
 from cpt.checkpoint.copies import differences
 from cpt.checkpoint.formats import FORMATS, Format, Reading
 from cpt.checkpoint.unpickle import TensorRecord
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 ZERO, STEP, GROUPS = "zero", "step.pt", "optimizer_state.pt"
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")

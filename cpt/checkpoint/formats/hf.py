@@ -23,7 +23,7 @@ from cpt.checkpoint.formats import FORMATS, Output, Reading, WritableFormat, Wri
 from cpt.checkpoint.safetensors_files import INDEX, has_weights, named_in, read_headers
 from cpt.checkpoint.tokenizer_files import PLAIN_SETTINGS, SETTINGS, TOKENIZER
 from cpt.checkpoint.writing import FileSums
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 DTYPES = {
     "F32": "float32",
@@ -79,6 +79,16 @@ class HuggingFace(WritableFormat):
         if reading.vocab_size not in (None, model.vocab_size):
             raise UsageError(f"`--vocab-size` is {reading.vocab_size}, `config.json` says {model.vocab_size}")
         return opened(folder, model, untie=reading.untie)
+
+    @classmethod
+    def why_not_whole(cls, folder: Path) -> str | None:
+        if not has_weights(folder):
+            return None if _is_pickled(folder) else "it holds no weights"
+        try:
+            read_headers(folder)
+        except UsageError as error:
+            return error.message.replace(f"`{folder}/", "`")
+        return None
 
     @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
@@ -166,7 +176,7 @@ def opened(folder: Path, model: ModelConfig, *, untie: bool = False) -> Content:
 
 def _stored(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, int, int], ...]]]:
     """Every tensor of the folder by name, and the checksums that its files carry."""
-    if not has_weights(folder) and ((folder / BIN).is_file() or (folder / BIN_INDEX).is_file()):
+    if not has_weights(folder) and _is_pickled(folder):
         return _pickled(folder)
     found = {}
     for name, place in read_headers(folder).items():
@@ -179,6 +189,10 @@ def _stored(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, 
                 f"which is not {list(place.shape)} of {place.dtype}"
             )
     return found, {}
+
+
+def _is_pickled(folder: Path) -> bool:
+    return (folder / BIN).is_file() or (folder / BIN_INDEX).is_file()
 
 
 def _pickled(folder: Path) -> tuple[dict[str, Found], dict[str, tuple[tuple[int, int, int], ...]]]:

@@ -38,7 +38,7 @@ from cpt.checkpoint.formats.megatron_optimizer import OptimizerReader
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT
 from cpt.checkpoint.unpickle import TensorRecord
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 _CHUNK = re.compile(r"model\d*")
 _SWAPPED = "files of ranks have changed places: take another copy of the checkpoint"

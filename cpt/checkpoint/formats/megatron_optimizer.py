@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import arrays, buckets, unpickle
+from cpt.checkpoint import arrays, bucket_search, buckets, unpickle
 from cpt.checkpoint.arrays import Array
 from cpt.checkpoint.content import MAIN, MOMENTS, Layout, Optimizer
 from cpt.checkpoint.copies import Parts
@@ -21,7 +21,7 @@ from cpt.checkpoint.formats.megatron_files import DISTRIBUTED, Folder, Opened, P
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.mapping import EMBEDDING, OUTPUT
 from cpt.checkpoint.unpickle import TensorRecord
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 
 class OptimizerReader:
@@ -194,7 +194,7 @@ class OptimizerReader:
                 flats = _flats(opened, entry[number], buffer, what)
                 self._note_gradients(entry[number])
                 try:
-                    slots = buckets.search(buffer, flats, self.weights, self.folder.files, what)
+                    slots = bucket_search.search(buffer, flats, self.weights, self.folder.files, what)
                 except UsageError:
                     self.folder.refuse_damaged(rank.file, opened.file)
                     raise

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import arrays, buckets, hf_config, mapping, megatron_args, tokenizer_files
+from cpt.base.records import to_json
+from cpt.checkpoint import arrays, bucket_reading, buckets, hf_config, mapping, megatron_args, tokenizer_files
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint.arrays import Array, Files
 from cpt.checkpoint.content import LEFT_OPTIMIZER, MAIN, MODEL, MOMENTS, Atom, Content, Layout, Optimizer
@@ -35,7 +36,7 @@ from cpt.checkpoint.formats.torch_dist_reading import Chunks, shapes_of
 from cpt.checkpoint.manifest import Manifest, Origin
 from cpt.checkpoint.mapping import EMBEDDING, Fused
 from cpt.checkpoint.torch_dist import COMMON, COMMON_OBJECT, CONFIG, METADATA, Folder
-from cpt.plan.types import ModelConfig, to_json
+from cpt.plan.model import ModelConfig
 
 _MOST_RANDOM = 8 << 20  # of them are carried along [bytes]
 # What `common.pt` holds that is not carried over as it is: read here, or made anew.
@@ -168,9 +169,9 @@ class _Reader:
         )
 
     def _beside(self) -> dict[str, Path]:
-        """The tokenizer's files, where the checkpoint has them or its run says where they are."""
+        """What lies beside the weights; the tokenizer's files also where only its run says where they are."""
         tokenizer = tokenizer_files.of_checkpoint(self.folder)
-        return {} if tokenizer is None else tokenizer_files.named(tokenizer)
+        return tokenizer_files.in_folder(self.folder) | (tokenizer_files.named(tokenizer) if tokenizer else {})
 
     def _manifest(self) -> Manifest | None:
         if not (self.folder / manifests.NAME).exists():
@@ -282,7 +283,7 @@ class _Reader:
             return self.chunks.array(atom, pad, MODEL, shapes[atom, pad])
 
         shapes = shapes_of(model, padded)
-        buckets.read(
+        bucket_reading.read(
             parts,
             model,
             layout,

@@ -14,7 +14,7 @@ from cpt.checkpoint.arrays import Array, Files, Place, as_matrix, crop, flat_seg
 from cpt.checkpoint.formats.torch_dist_names import Name
 from cpt.checkpoint.mapping import Fused
 from cpt.checkpoint.torch_dist import Folder, Record, Tensor
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 
 class Chunks:

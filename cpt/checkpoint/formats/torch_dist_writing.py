@@ -38,7 +38,7 @@ from cpt.checkpoint.mapping import Fused
 from cpt.checkpoint.torch_dist import BACKEND, COMMON, CONFIG, METADATA, Record, metadata
 from cpt.checkpoint.unpickle import Dtype
 from cpt.checkpoint.writing import FileSums
-from cpt.plan.types import ModelConfig, Parallel
+from cpt.plan.model import ModelConfig, Parallel
 
 _Part = bytes | Payload | Crc
 _Parts = tuple[_Part, ...]

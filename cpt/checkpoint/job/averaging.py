@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cpt import __version__
 from cpt.base.files import canonical_json, hash_text
+from cpt.base.records import to_json
 from cpt.base.registry import unknown
 from cpt.checkpoint import average, find
 from cpt.checkpoint.arrays import Files
@@ -16,7 +17,6 @@ from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
 from cpt.checkpoint.job.planning import VERSION, Plan, Request, refuse_one_in_the_other, state_of_files
 from cpt.checkpoint.sums import open_checked
-from cpt.plan.types import to_json
 
 
 def plan(
@@ -71,6 +71,7 @@ def plan(
         identity=identity,
         options={"average": [[_from(out, f.folder), w] for f, (_, w) in zip(found, opened, strict=True)]}
         | ({"dtype": writing.dtype} if writing.dtype else {}),
+        members=tuple({c.path: c for c, weight in opened if weight > 0}.values()),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from cpt.base import lock
 from cpt.base.errors import CptError, StoppedAndSaved, UsageError
 from cpt.base.files import fsync_folder
-from cpt.checkpoint import find, master, store
+from cpt.checkpoint import average, find, master, store
+from cpt.checkpoint.arrays import Files
 from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import FORMATS
 from cpt.checkpoint.job import crew, place
@@ -245,13 +246,25 @@ class _Job:
         ]
         finished, of = len(self.journal.files), len(self.plan.output.files)
         rest = [] if finished == of else [f"{of - finished:,} of {of:,} files were not looked at yet"]
+        hints = [*texts[1:5], *([f"and in {len(texts) - 5:,} more tensors"] if len(texts) > 5 else []), *rest]
+        if self.plan.members:
+            raise UsageError(f"{self._not_finite()} values that are not finite; {texts[0]}", *hints)
         raise NotFinite(
             f"`{self.plan.found.folder}` holds values that are not finite; {texts[0]}",
-            *texts[1:5],
-            *([f"and in {len(texts) - 5:,} more tensors"] if len(texts) > 5 else []),
-            *rest,
+            *hints,
             f"`--allow-nonfinite` converts them as they are, and goes on with `{self.partial}`",
         )
+
+    def _not_finite(self) -> str:
+        """The members of an average whose values are NaN or infinite where it is, and the verb."""
+        places = [(atom, row, column, pad) for ((atom, _, pad), _), (_, row, column) in self.facts.nonfinite.items()]
+        files = Files()
+        found = [
+            f"`{c.path}`"
+            for c in self.plan.members
+            if not all(average.is_finite(c, atom, row, column, files, pad=pad) for atom, row, column, pad in places)
+        ]
+        return f"{' and '.join(found) or 'the average'} {'hold' if len(found) > 1 else 'holds'}"
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -160,7 +160,6 @@ class _Crew:
         self.asked = False
 
     def work(self) -> None:
-        gc.collect()
         gc.freeze()  # the collector would touch, and so copy, every page in every worker
         try:
             with selectors.DefaultSelector() as selector:

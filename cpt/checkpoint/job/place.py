@@ -162,12 +162,15 @@ def differences(before: dict[str, Any], plan: Plan) -> list[str]:
         found.append(f"that one is to `{before.get('to')}`")
     options = before.get("options")
     old = options if isinstance(options, dict) else {}
-    for name in sorted({*old, *plan.options}):
+    for name in sorted({*old, *plan.options} - {"average"}):
         there, here = (_shown(given.get(name)) for given in (old, plan.options))
         if there != here:
             found.append(f"`{_FLAGS.get(name, '--' + name.replace('_', '-'))}` is {there} there, {here} here")
-    source = before.get("source")
-    if isinstance(source, dict) and source.get("identity") != plan.identity:
+    source, before_of, of = before.get("source"), old.get("average"), plan.options.get("average")
+    if before_of != of:
+        what = "an average of other checkpoints, or with other weights" if of else "an average"
+        found.append(f"that one is {what if before_of else 'no average'}")
+    elif isinstance(source, dict) and source.get("identity") != plan.identity:
         found.append("that one is from other files, or they have changed since")
     return found
 
@@ -189,6 +192,8 @@ def check_space(plan: Plan, done: int) -> None:
         EnvironmentProblem: it has not.
     """
     folder = existing_parent(partial(plan.request.out) / "x")
+    if os.statvfs(folder).f_blocks == 0:  # a file system that does not say
+        return
     free = free_bytes(folder)
     needed = plan.nbytes + plan.nbytes // 100 - done
     if needed > free:
@@ -221,4 +226,6 @@ def closed(out: Path, error: OSError) -> CptError:
         return EnvironmentProblem(f"`{out}` cannot be written: {why}", "name a folder elsewhere")
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(f"name too long: `{str(out)[:80]}…`")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and isinstance(error.filename, str | Path):
+        return UsageError(f"`{error.filename}` is there and is no folder", "move it away, or name another output")
     return EnvironmentProblem(f"`{out}` cannot be written: {error.strerror or error}")

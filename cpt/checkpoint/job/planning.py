@@ -54,7 +54,7 @@ class Running:
         workers: processes; 1 = this one.
         block: bytes that are in hand at a time, for each worker.
         allow_nonfinite: NaN and infinite values are reported and no error.
-        recheck: files that an earlier run finished are read again.
+        recheck: what an earlier run has written is read again.
         verify: all files are read again at the end, and the folder is opened.
     """
 
@@ -74,6 +74,7 @@ class Plan:
         identity: hash over the source's files: names, sizes, times of change.
         options: those that are not the default, by name, as JSON.
         sources: folders that are read, and the hash over their files (see `state_of_files`).
+        members: of an average, what goes in.
     """
 
     request: Request
@@ -84,6 +85,7 @@ class Plan:
     identity: str
     options: Mapping[str, Any]
     sources: Mapping[Path, str] = field(default_factory=dict)
+    members: tuple[Content, ...] = ()
 
     @property
     def nbytes(self) -> int:

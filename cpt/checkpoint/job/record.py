@@ -139,10 +139,10 @@ def _beside_tensors(plan: Plan) -> Iterator[str]:
 
 def _other_files(plan: Plan) -> Iterator[str]:
     """What lies in a Hugging Face folder and is neither the model's nor the tokenizer's."""
-    content, folder = plan.content, plan.found.folder
-    if plan.found.format != "hf":
+    content, folder = plan.content, plan.content.path
+    if content.format != "hf":
         return
-    arrays = [a for atom in content.atoms.values() for a in atom.states.values()]
+    arrays = [a for one in plan.members or (content,) for atom in one.atoms.values() for a in atom.states.values()]
     known = {Path(p.file).name for a in arrays for p in a.places} | {p.name for p in content.files.values()}
     known |= {"config.json", OWN, INDEX, f"{BIN}.index.json", ".cache", ".git"}
     others = [f"`{p.name}{'/' * p.is_dir()}`" for p in sorted(folder.iterdir()) if p.name not in known]
@@ -167,7 +167,7 @@ def advice(plan: Plan) -> tuple[str, ...]:
         return ("no random states (`rng_state`) are in it: a run that goes on from here needs `--no-load-rng`",)
     if plan.request.to != "torch_dist" or layout.layers is not None or layers % parts == 0:
         return ()
-    return (f"{layers} layers do not divide into {parts} parts: Megatron needs a pipeline layout to load it so",)
+    return (f"{layers} layers do not divide into {parts} parts: Megatron loads it with `--pipeline-layout` only",)
 
 
 def weights_from(plan: Plan) -> str | None:

@@ -142,12 +142,15 @@ class Worker:
 
     def _begun(self, number: int, turn: Callable[[], None]) -> tuple[Look, Written | None]:
         """What an earlier run has seen and written of a file, if that can be gone on with."""
-        left = self.marks.read(number)
+        out, left = self.plan.output.files[number], self.marks.read(number)
+        there = None
         if left is not None:
-            there = read_again(self.plan.output.files[number], self.folder, left.mark, turn)
-            if there is not None:
-                return Look.from_json(self.plan.content, left.seen), there
-        return Look(self.plan.content), None
+            if left.is_sure and not self.running.recheck:
+                there = Written.up_to(out, left.mark)
+            there = there or read_again(out, self.folder, left.mark, turn)
+        if left is None or there is None:
+            return Look(self.plan.content), None
+        return Look.from_json(self.plan.content, left.seen), there
 
     def _reread(self, task: Task, tell: Tell) -> dict[str, Any]:
         name = self.plan.output.files[task.number].name

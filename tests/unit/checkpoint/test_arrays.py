@@ -41,7 +41,7 @@ from cpt.checkpoint.arrays import (
 from cpt.checkpoint.content import MODEL, Atom, Content
 from cpt.checkpoint.crc32 import crc32_of_both
 from cpt.checkpoint.writing import blocks, write_file
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 Matrix = np.ndarray[Any, Any]
 Cut = tuple[int, int, int, int]  # row, rows, column, columns
@@ -116,7 +116,7 @@ def made(
 
 
 @given(tensors(), st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_cropped_fills_are_the_rectangle_s_values(drawn: Drawn, data: Any) -> None:
     rows, columns = drawn.values.shape
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
@@ -127,7 +127,7 @@ def test_cropped_fills_are_the_rectangle_s_values(drawn: Drawn, data: Any) -> No
 
 
 @given(tensors(), st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_parts_are_the_rows_asked_for_one_after_another(drawn: Drawn, data: Any) -> None:
     rows, columns = drawn.values.shape
     ends = sorted(data.draw(st.sets(st.integers(0, rows), min_size=2, max_size=4)))
@@ -141,7 +141,7 @@ def test_parts_are_the_rows_asked_for_one_after_another(drawn: Drawn, data: Any)
 
 
 @given(tensors(), st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_flat_segments_are_a_stretch_of_the_flattened_tensor(drawn: Drawn, data: Any) -> None:
     size = drawn.values.size
     start = data.draw(st.integers(0, size))
@@ -153,7 +153,7 @@ def test_flat_segments_are_a_stretch_of_the_flattened_tensor(drawn: Drawn, data:
 
 
 @given(tensors(zeros=False), st.integers(0, 40))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_what_fills_wrote_is_found_again_at_its_places(drawn: Drawn, before: int) -> None:
     with tempfile.TemporaryDirectory() as folder, Files() as files:
         file = Path(folder) / "file"
@@ -195,7 +195,7 @@ def on_disk(draw: Any) -> tuple[list[tuple[Drawn, Segment]], dict[tuple[str, boo
 
 
 @given(on_disk(), st.sampled_from(("float32", "bfloat16")))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_file_holds_every_value_whatever_the_places_and_the_block(drawn: Any, dtype: str) -> None:
     segments, layout, block = drawn
     with tempfile.TemporaryDirectory() as temporary, Files() as files:
@@ -243,7 +243,7 @@ def stored(folder: Path, atoms: dict[tuple[str, bool], Matrix], layout: dict[tup
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=40), st.integers(0, 30), st.integers(1, 9))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_rectangles_that_cross_rows_are_found_among_many(rows: list[tuple[int, int]], first: int, count: int) -> None:
     boxes = tuple(Fill("a", row, height, 0, 1, at_row=i) for i, (row, height) in enumerate(rows))
     found = [b for b in crossing(boxes, first, first + count) if b.row < first + count and b.row + b.rows > first]
@@ -252,7 +252,7 @@ def test_rectangles_that_cross_rows_are_found_among_many(rows: list[tuple[int, i
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_places_that_do_not_tile_are_told(data: Any) -> None:
     rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     found = [Place("f", 0, 4, *cut) for cut in cuts(data.draw, 0, rows, 0, columns, 5)]
@@ -329,7 +329,6 @@ def test_every_upper_half_rounds_to_bfloat16_as_torch_does() -> None:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64))
-@settings(deadline=None)
 def test_any_fp32_rounds_to_bfloat16_as_torch_does(bits: list[int]) -> None:
     same_rounding(np.array(bits, np.uint32).view(np.float32))
 

@@ -14,6 +14,10 @@ from cpt.checkpoint import average, find
 from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix, convert
 from cpt.checkpoint.content import Content
 from cpt.checkpoint.formats import Reading, Writing
+from cpt.checkpoint.job import averaging, planning
+from cpt.checkpoint.job import convert as conversion
+from cpt.checkpoint.job.planning import Plan
+from cpt.checkpoint.job.record import dropped
 from tests.made_checkpoints import LLAMA, content, write
 
 SHARES = (0.5, 0.3, 0.2)
@@ -119,3 +123,52 @@ def test_main_weights_that_are_not_the_weights_are_never_averaged(tmp_path: Path
         file.write(bytes(64))
     with pytest.raises(UsageError, match="main weights are not the model's weights in 1 of"):
         average.content([(c, 1.0) for c in members], Files())
+
+
+def averaged(tmp_path: Path, out: str, dtype: str | None = None) -> Plan:
+    """The plan of an average of two Hugging Face folders `0` and `1`, which are made where they are not there."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for i, folder in enumerate(folders):
+        if not folder.exists():
+            made = content(tmp_path / f"made{i}", seed=i, dtype="float32", padded=None, optimizer=False)
+            write(made, "hf", folder)
+    return averaging.plan([(f, 1.0) for f in folders], tmp_path / out, None, Writing(dtype=dtype))
+
+
+@pytest.mark.parametrize("wrong", [(0,), (1,), (0, 1)])
+def test_the_member_that_holds_nan_is_named_and_nothing_is_left(tmp_path: Path, wrong: tuple[int, ...]) -> None:
+    averaged(tmp_path, "out")
+    for i in wrong:
+        with open(tmp_path / f"{i}" / "model.safetensors", "r+b") as file:
+            file.seek(-4, 2)
+            file.write(np.float32("nan").tobytes())
+    with pytest.raises(UsageError) as error:
+        conversion.convert(averaged(tmp_path, "out"))
+    names = " and ".join(f"`{tmp_path / str(i)}`" for i in wrong)
+    verb = "holds" if len(wrong) == 1 else "hold"
+    assert error.value.message.startswith(f"{names} {verb} values that are not finite; `lm_head.weight`: 1 value is")
+    assert not error.value.hints and not list(tmp_path.glob("out*"))
+
+
+def test_means_that_another_dtype_changes_are_counted(tmp_path: Path) -> None:
+    report = conversion.convert(averaged(tmp_path, "out", dtype="bfloat16"))
+    plain = conversion.convert(averaged(tmp_path, "plain"))
+    before, after = opened(tmp_path / "plain"), opened(tmp_path / "out")
+    changed = sum(int(np.count_nonzero(values(before, n, "model") != values(after, n, "model"))) for n in before.atoms)
+    assert report.rounded == changed > 1_000 and plain.rounded == 0
+
+
+def test_what_is_dropped_is_no_file_of_weights_and_another_average_is_told_apart(tmp_path: Path) -> None:
+    plan = averaged(tmp_path, "out")
+    assert dropped(plan) == ()
+    (tmp_path / "0" / "README.md").write_text("x")
+    plan = averaged(tmp_path, "out")
+    assert dropped(plan) == ("`README.md`: not of the model or its tokenizer",)
+    conversion.convert(plan)
+    members = [(tmp_path / "0", 1.0), (tmp_path / "1", 3.0)]
+    with pytest.raises(UsageError) as error:
+        conversion.convert(averaging.plan(members, tmp_path / "out", None, Writing()))
+    assert error.value.hints[0] == "that one is an average of other checkpoints, or with other weights"
+    with pytest.raises(UsageError) as error:
+        conversion.convert(planning.plan(planning.Request(source=tmp_path / "0", out=tmp_path / "out", to="hf")))
+    assert error.value.hints[0] == "that one is an average"

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
-from cpt.checkpoint import buckets, layouts
+from cpt.checkpoint import bucket_search, buckets, layouts
 from cpt.checkpoint.arrays import Array, Files, whole
 from cpt.checkpoint.buckets import Buffer, Flat, Piece
 from cpt.checkpoint.content import MAIN, Content, Layout
 from cpt.checkpoint.layouts import Held
 from cpt.checkpoint.writing import blocks
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests.made_checkpoints import LLAMA, MOE, content
 
 TIED = dataclasses.replace(LLAMA, tie_embeddings=True)
@@ -93,7 +93,7 @@ def flat_file(source: Content, formed: buckets.Formed, state: str, path: Path) -
     return np.frombuffer(data, "<f4")
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_parameters_are_found_whatever_the_chunks(data: Any, tmp_path: Path) -> None:
     source = content(tmp_path / "made", TIED)
@@ -125,7 +125,7 @@ def test_parameters_are_found_whatever_the_chunks(data: Any, tmp_path: Path) -> 
     assert not stored[gaps].any()
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 4000), length=st.integers(0, 4000), size=st.integers(1, 3000))
 def test_a_part_of_a_bucket_is_that_part_of_the_whole(first: int, length: int, size: int, tmp_path: Path) -> None:
     source = content(tmp_path / "made", LLAMA)
@@ -152,10 +152,10 @@ def searched(source: Content, buffer: Buffer, layout: Layout, folder: Path) -> t
     def weights(atom: str, pad: bool) -> Array:
         return source.array(atom, "model", pad)
 
-    return buckets.search(buffer, flats, weights, Files(), "`distrib_optim.pt`"), buckets.joined(formed)
+    return bucket_search.search(buffer, flats, weights, Files(), "`distrib_optim.pt`"), buckets.joined(formed)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.one_of(st.none(), st.integers(1, 3000)),
     pp=st.sampled_from((1, 3)),
@@ -222,7 +222,7 @@ def test_a_buffer_of_another_length_is_refused(tmp_path: Path) -> None:
     path.write_bytes(bytes(4 * 500))
     flats = {s: Flat("float32", 500, (Piece(0, 500, str(path), 0),)) for s in buckets.STATES}
     with pytest.raises(UsageError, match=r"holds 500 values, the model's parameters on this rank are [\d,]+"):
-        buckets.search(buffer, flats, lambda atom, pad: None, Files(), "`distrib_optim.pt`")
+        bucket_search.search(buffer, flats, lambda atom, pad: None, Files(), "`distrib_optim.pt`")
 
 
 def test_lengths_that_do_not_fit_are_refused() -> None:

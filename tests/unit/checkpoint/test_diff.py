@@ -41,7 +41,7 @@ def test_equal_checkpoints_in_two_places_have_no_difference(tmp_path: Path) -> N
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_flipped_bit_is_found_at_its_index(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     folder = tmp_path_factory.mktemp("bit")
     random = np.random.default_rng(seed)

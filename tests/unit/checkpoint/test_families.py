@@ -67,7 +67,7 @@ def writings(draw: st.DrawFn, has_experts: bool) -> Writing:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_way_there_and_back_gives_the_same_bits(data: st.DataObject) -> None:
     model = data.draw(models())

@@ -106,6 +106,33 @@ def test_a_step_that_lacks_something_is_not_whole_and_the_one_before_is_taken(
     assert found.folder == one and sum(why in note for note in found.notes) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "size", "why"),
+    [
+        ("model-00002-of-00003.safetensors", None, "`model-00002-of-00003.safetensors` is missing"),
+        ("model-00003-of-00003.safetensors", -1, "`model-00003-of-00003.safetensors` has "),
+        ("model-00001-of-00003.safetensors", 5, "`model-00001-of-00003.safetensors` is cut short"),
+        ("model.safetensors.index.json", 20, "`model.safetensors.index.json` is not an index"),
+        ("*.safetensors*", None, "it holds no weights"),
+    ],
+)
+def test_a_hugging_face_step_that_lacks_weights_is_not_whole(
+    tmp_path: Path, file: str, size: int | None, why: str
+) -> None:
+    given = made_checkpoints.content(tmp_path / "values", optimizer=False)
+    made = made_checkpoints.write(given, "hf", tmp_path / "made", Writing(file_bytes=8000))
+    one, torn = copy(made, tmp_path / "steps" / "iter_0000010"), copy(made, tmp_path / "steps" / "iter_0000020")
+    assert find.find(torn.parent).folder == torn
+    for path in torn.glob(file):
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+    assert str(find.listed(torn)[0].why_not).startswith(why)
+    found = find.find(torn.parent)
+    assert found.folder == one and sum(why in note for note in found.notes) == 1
+
+
 def test_the_tracker_file_says_which_step_is_meant(made: dict[str, Path], tmp_path: Path) -> None:
     for step in (3, 10):
         (copy(made["torch_dist"], tmp_path / f"iter_{step:07d}") / "manifest.json").unlink()  # as Megatron leaves it
@@ -134,6 +161,19 @@ def test_of_our_own_saves_the_newest_whole_one_counts(made: dict[str, Path], tmp
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     found = find.find(tmp_path)
     assert found.step == 10 and any("no manifest" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ("atom", "hf"))
+def test_beside_our_own_saves_a_step_of_another_format_is_whole_by_its_own_mark(
+    made: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    copy(made["torch_dist"], tmp_path / "iter_0000010")
+    step = copy(made[name], tmp_path / "iter_0000020")
+    assert [c.why_not for c in find.listed(tmp_path)] == [None, None]
+    found = find.find(tmp_path)
+    assert (found.folder, found.format) == (step, name)
+    (step / {"atom": "atom.json", "hf": "config.json"}[name]).unlink()
+    assert find.find(tmp_path).step == 10
 
 
 def test_runs_and_stages(made: dict[str, Path], tmp_path: Path) -> None:

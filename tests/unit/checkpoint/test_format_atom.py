@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
@@ -178,7 +178,6 @@ plain = st.recursive(
 
 
 @given(plain)
-@settings(deadline=None)
 def test_plain_values_survive_json_with_their_types(value: Any) -> None:
     lost: list[str] = []
     text = json.dumps(encode(value, "x", lost), allow_nan=False)

@@ -18,7 +18,7 @@ from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix
 from cpt.checkpoint.content import MODEL, OPTIMIZER, Content
 from cpt.checkpoint.formats import Reading
 from cpt.checkpoint.formats.ds_universal import DeepSpeedUniversal
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 LLAMA = ModelConfig(
     family="llama",

@@ -23,7 +23,7 @@ from cpt.checkpoint import find, layouts, mapping
 from cpt.checkpoint.arrays import CARRIERS, Files, as_matrix
 from cpt.checkpoint.content import Content, Layout
 from cpt.checkpoint.formats import Reading, Writing
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests.made_checkpoints import LLAMA, MOE, content, write
 from tests.shared import shared_data
 
@@ -191,7 +191,7 @@ def cases(draw: Any) -> tuple[ModelConfig, Layout, Writing, int]:
     return model, layout, writing, draw(st.integers(0, 5))
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), dtype=st.sampled_from(("bfloat16", "float16", "float32")))
 def test_any_model_at_any_layout_there_and_back(
     case: tuple[ModelConfig, Layout, Writing, int], dtype: str, tmp_path: Path

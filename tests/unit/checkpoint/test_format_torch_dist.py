@@ -28,7 +28,7 @@ from cpt.checkpoint.formats import torch_dist_writing as writing_module
 from cpt.checkpoint.formats.torch_dist import TorchDist
 from cpt.checkpoint.torch_dist import Chunk, Folder
 from cpt.checkpoint.writing import blocks
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 from tests import made_checkpoints
 from tests.checkpoints import MODELS
 from tests.made_checkpoints import LLAMA, MOE
@@ -209,7 +209,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_model_comes_back_from_any_form_layout_and_file_size(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("made")
@@ -252,6 +252,12 @@ def test_hugging_face_to_torch_dist_and_back_keeps_every_bit(family: str, tmp_pa
         assert held(first, name, MODEL) == held(start, name, MODEL) == held(last, name, MODEL), name
     pad = next(n for n, a in middle.atoms.items() if a.pad)
     assert not any(held(middle, pad, MODEL, True))
+
+
+def test_defaults_of_generation_go_along_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = made_checkpoints.write(made_checkpoints.content(tmp_path / "made"), "torch_dist", tmp_path / "td")
+    (folder / "generation_config.json").write_text("{}")
+    assert TorchDist.open(folder, Reading()).files == {"generation_config.json": folder / "generation_config.json"}
 
 
 def test_without_our_manifest_the_arguments_say_what_the_model_is(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_every_kind_of_value_that_is_not_finite_is_found_and_no_other(dtype: str
     assert findings(look_at(content, payload, bits, 600), content) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_fused_transposed_and_shared_out_tensors_give_what_counting_gives(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

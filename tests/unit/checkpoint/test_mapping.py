@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import mapping
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 
 @st.composite
@@ -59,7 +59,7 @@ def fuse(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 @given(models())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_number_is_once_in_what_was_fused_and_is_found_again(model: ModelConfig) -> None:
     before = numbered(model)
     fused = fuse(model, before)
@@ -74,7 +74,7 @@ def test_every_number_is_once_in_what_was_fused_and_is_found_again(model: ModelC
 
 
 @given(models(), st.integers(0, 5), st.integers(0, 5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_padding_rows_come_last_and_those_that_no_source_has_are_zeros(
     model: ModelConfig, pad_rows: int, more: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_padding_rows_come_last_and_those_that_no_source_has_are_zeros(
 
 
 @given(models())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_parameters_counted_are_the_parameters_named(model: ModelConfig) -> None:
     count = sum(int(np.prod(shape)) for shape in mapping.atom_shapes(model).values())
     assert count == model.num_parameters

@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpt.base import file_systems
 from cpt.base.errors import CptError, StageFailed, StoppedAndSaved, UsageError
 from cpt.checkpoint.arrays import CARRIERS, Files, Payload
 from cpt.checkpoint.content import Content
+from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Layout, Writing
-from cpt.checkpoint.job import place, work
+from cpt.checkpoint.job import marks, place, work
 from cpt.checkpoint.job.convert import NotFinite, convert
 from cpt.checkpoint.job.journal import Entry, Journal
 from cpt.checkpoint.job.look import Look
 from cpt.checkpoint.job.marks import Marks
 from cpt.checkpoint.job.planning import Plan, Request, Running, plan
 from cpt.checkpoint.job.record import Report
-from cpt.checkpoint.writing import Mark, blocks, read_again, write_file
+from cpt.checkpoint.writing import Mark, Written, blocks, read_again, write_file
 from tests import made_checkpoints
 from tests.made_checkpoints import LLAMA
 
@@ -41,6 +43,13 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Marks are left all the time, and nothing waits for the disk."""
     monkeypatch.setattr(work, "EVERY", EVERY)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is restarted before each look at a mark: what is written is read again."""
+    boots = iter(range(10**9))
+    monkeypatch.setattr(marks, "boot_id", lambda: str(next(boots)))
 
 
 @pytest.fixture
@@ -149,10 +158,18 @@ def interrupted(plan: Plan, running: Running) -> bool:
     return False
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["same boot", "restarted"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_killed_at_any_block_it_ends_with_the_same_bytes_facts_and_report(
-    target: str, tmp_path: Path, passing: Blocks, entries: dict[str, Entry]
+    target: str,
+    restarted: bool,
+    tmp_path: Path,
+    passing: Blocks,
+    entries: dict[str, Entry],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if restarted:
+        request.getfixturevalue("restarts")
     plan, running = planned(target, tmp_path), Running(block=BLOCK)
     before = said(convert(plan, running))
     wanted, noted, all_blocks = bytes_of(tmp_path / "out"), dict(entries), passing.seen
@@ -236,15 +253,15 @@ def half_done(folder: Path, passing: Blocks, at: int = 300, **options: Any) -> t
 
 SPOILED: dict[str, Callable[[Path, Path], object]] = {
     "first byte": lambda file, mark: flip(file, 0),
-    "last byte that counts": lambda file, mark: flip(file, json.loads(mark.read_text()[9:])["size"] - 1),
-    "shorter file": lambda file, mark: os.truncate(file, json.loads(mark.read_text()[9:])["size"] - 1),
+    "last byte that counts": lambda file, mark: flip(file, size_of(mark) - 1),
+    "shorter file": lambda file, mark: os.truncate(file, size_of(mark) - 1),
     "no file": lambda file, mark: file.unlink(),
     "empty mark": lambda file, mark: mark.write_text(""),
     "cut mark": lambda file, mark: mark.write_text(mark.read_text()[:-20]),
     "other facts": lambda file, mark: mark.write_text(mark.read_text().replace('"rounded":0', '"rounded":1')),
     "no text": lambda file, mark: mark.write_bytes(b"\xff" * 100),
     "another plan's": lambda file, mark: Marks(mark.parents[1], "x").leave(
-        int(mark.stem), Mark(size=100, crc32=0), Look(planned("atom", mark.parents[2]).content)
+        int(mark.stem), mark_of(100), Look(planned("atom", mark.parents[2]).content)
     ),
     "too long": lambda file, mark: rewrite(mark, size=10**9),
     "past the end": lambda file, mark: (file.write_bytes(bytes(10**6)), rewrite(mark, size=10**6)),
@@ -259,11 +276,28 @@ def flip(file: Path, at: int) -> None:
 
 def rewrite(mark: Path, size: int) -> None:
     made = planned("atom", mark.parents[2])
-    Marks(mark.parents[1], made.id).leave(int(mark.stem), Mark(size=size, crc32=0), Look(made.content))
+    Marks(mark.parents[1], made.id).leave(int(mark.stem), mark_of(size), Look(made.content))
 
 
-@pytest.mark.parametrize("how", SPOILED)
-def test_a_spoiled_file_or_mark_is_begun_anew(how: str, tmp_path: Path, passing: Blocks) -> None:
+def size_of(mark: Path) -> int:
+    """How many bytes a mark on the disk vouches for."""
+    size = json.loads(mark.read_text()[9:])["mark"]["size"]
+    assert isinstance(size, int)
+    return size
+
+
+def mark_of(size: int) -> Mark:
+    return Mark(size=size, parts=0, total=0, inside=0, crc=0, sums=())
+
+
+@pytest.mark.parametrize(
+    ("how", "restarted"), [*((how, True) for how in SPOILED), *((how, False) for how in SPOILED if "byte" not in how)]
+)
+def test_a_spoiled_file_or_mark_is_begun_anew(
+    how: str, restarted: bool, tmp_path: Path, passing: Blocks, request: pytest.FixtureRequest
+) -> None:
+    if restarted:
+        request.getfixturevalue("restarts")
     straight = planned("atom", tmp_path)
     convert(straight, Running(block=BLOCK))
     wanted = bytes_of(tmp_path / "out")
@@ -274,6 +308,43 @@ def test_a_spoiled_file_or_mark_is_begun_anew(how: str, tmp_path: Path, passing:
     assert bytes_of(tmp_path / "out") == wanted
     whole = {f.name for f in made.output.files} - {file.name}
     assert report.bytes - report.written <= sum(f.nbytes for f in made.output.files if f.name in whole)
+
+
+def test_what_is_written_is_read_again_after_a_restart_or_when_asked_for(
+    tmp_path: Path, passing: Blocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def count(out: Any, folder: Path, mark: Mark, turn: Callable[[], None]) -> Any:
+        read.append(mark.size)
+        return read_again(out, folder, mark, turn)
+
+    monkeypatch.setattr(work, "read_again", count)
+    found = []
+    monkeypatch.setattr(marks, "boot_id", lambda: "this")
+    for recheck, boot, kind in (
+        (False, "this", "xfs"),
+        (True, "this", "xfs"),
+        (False, "another", "xfs"),
+        (False, None, "xfs"),
+        (False, "this", "nfs4"),
+        (False, "this", ""),
+    ):
+        made, _, _ = half_done(tmp_path, passing)
+        with monkeypatch.context() as patch:
+            patch.setattr(marks, "boot_id", lambda boot=boot: boot)
+            patch.setattr(file_systems, "file_system", lambda path, kind=kind: kind)
+            convert(made, Running(block=BLOCK, recheck=recheck))
+        found.append(len(read))
+        shutil.rmtree(tmp_path / "out")
+    assert found == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_mark_of_another_release_is_no_mark(tmp_path: Path, passing: Blocks) -> None:
+    made, _, mark = half_done(tmp_path, passing)
+    text = json.dumps({"id": made.id, "size": 100, "crc32": 0, "seen": None})
+    mark.write_text(f"{crc32(text.encode()):08x} {text}")
+    assert Marks(mark.parents[1], made.id).read(int(mark.stem)) is None
 
 
 @pytest.mark.parametrize("at", [60, 300, 500])
@@ -326,7 +397,7 @@ def test_a_dead_parent_costs_no_file(tmp_path: Path, passing: Blocks) -> None:
 
 def test_what_is_kept_counts_as_room(tmp_path: Path, passing: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     made, file, mark = half_done(tmp_path, passing)
-    kept = json.loads(mark.read_text()[9:])["size"]
+    kept = size_of(mark)
     finished = [f.nbytes for f in made.output.files if (file.parent / f.name).is_file() and f.name != file.name]
     needed = made.nbytes + made.nbytes // 100 - kept - sum(finished)
     monkeypatch.setattr(place, "free_bytes", lambda folder: needed - 1)
@@ -375,4 +446,11 @@ def test_sums_of_a_file_gone_on_with_are_those_of_the_whole(tmp_path: Path) -> N
         there = read_again(out, tmp_path, mark)
         assert there is not None
         assert write_file(out, made.content, tmp_path, files, block=BLOCK, there=there) == whole
+        assert (tmp_path / out.name).read_bytes() == data
+        assert Written.up_to(out, mark) is None, "no SHA-256 of bytes that were not read"
+        (tmp_path / out.name).write_bytes(data[: mark.size] + b"left over" * 1000)
+        there = Written.up_to(plain := dataclasses.replace(out, sha256=False), mark)
+        assert there is not None and there.mark == mark
+        sums = write_file(plain, made.content, tmp_path, files, block=BLOCK, there=there)
+        assert sums == dataclasses.replace(whole, sha256=None)
         assert (tmp_path / out.name).read_bytes() == data

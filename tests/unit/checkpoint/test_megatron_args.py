@@ -15,7 +15,7 @@ from cpt.base.errors import UsageError
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.hf_config import config_for, parse
 from cpt.checkpoint.megatron_args import knows_vocab_size, to_args, to_model
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 PLAIN = ModelConfig(
     family="llama",

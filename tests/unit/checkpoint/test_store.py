@@ -12,7 +12,8 @@ from cpt.base.files import write_json
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import store
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
-from cpt.plan.types import ModelConfig, Parallel, Retain
+from cpt.plan.model import ModelConfig, Parallel
+from cpt.plan.types import Retain
 
 MODEL = ModelConfig(
     family="llama",

@@ -20,7 +20,7 @@ from cpt.checkpoint import torch_zip, unpickle
 from cpt.checkpoint.arrays import Array, Files, OutFile, Payload, Place, Segment, whole
 from cpt.checkpoint.content import Atom, Content
 from cpt.checkpoint.writing import write_file
-from cpt.plan.types import ModelConfig
+from cpt.plan.model import ModelConfig
 
 MODEL = ModelConfig(
     family="llama",
@@ -55,7 +55,7 @@ def content(folder: Path, tensors: list[torch.Tensor]) -> tuple[Content, list[Pa
     st.lists(st.tuples(st.sampled_from(list(NAMES)), st.lists(st.integers(1, 9), min_size=1, max_size=3)), max_size=5),
     st.integers(0, 70),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_torch_reads_what_is_written(tmp_path_factory: Any, kinds: list[Any], before: int) -> None:
     folder = tmp_path_factory.mktemp("zip")
     tensors = [(torch.randn(shape) * 100).to(dtype) for dtype, shape in kinds]
@@ -107,7 +107,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_damage_never_shows_a_traceback(data: Any) -> None:
     out = io.BytesIO()
     torch.save({"a": torch.arange(10.0), "b": argparse.Namespace(x=1)}, out)

@@ -17,7 +17,7 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 2000), max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_counts_are_those_of_numpy_however_the_values_are_cut(dtype: str, seed: int, cuts: list[int]) -> None:
     random = np.random.default_rng(seed)
     values = random.integers(0, 256, 2000 * CARRIERS[dtype].itemsize, dtype=np.uint8).view(CARRIERS[dtype])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import zlib
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_what_is_written_here_passes_and_one_changed_main_weight_is_found(
         folder = write(made, name, tmp_path / "wrong", Writing(vocabulary_multiple=8 * (3 - layout.tp), layout=layout))
         (wrong,) = verify.inspect(folder, workers=workers).wrong
         assert "in 1 of 30 tensors (`model.norm.weight`)" in wrong and "damaged, or of another moment" in wrong
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not list what is mapped")
+@pytest.mark.parametrize("name", ["hf", "atom", "torch_dist", "megatron"])
+def test_what_was_verified_is_let_go_at_once(name: str, tmp_path: Path) -> None:
+    """A file that is removed while it is mapped keeps its room on the disk."""
+    folder = write(content(tmp_path / "made"), name, tmp_path / "out")
+    gc.disable()
+    try:
+        assert verify.verify(folder) == []
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 def test_values_that_are_odd_are_told_and_those_that_are_no_numbers_are_wrong(tmp_path: Path) -> None:

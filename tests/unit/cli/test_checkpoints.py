@@ -62,7 +62,38 @@ def test_a_run_is_found_by_its_name(words: list[str], run: Path) -> None:
     assert ended.code in (0, 1) and ended.err == "" and "iter_0000009" in ended.out
     for arguments in ([*words, "demo-3"], ["sample", "demo-3", "The"]):
         ended = cpt(*arguments)
-        assert ended.code == 2 and ended.err.startswith("error: there is no run `demo-3`\n\nhint: did you mean `demo-")
+        said = "error: there is no folder `demo-3`, and no run of this name\n\nhint: did you mean `demo-"
+        assert ended.code == 2 and ended.err.startswith(said)
+
+
+@pytest.mark.parametrize("words", [["list"], ["show"], ["verify"], ["diff", "there"]])
+def test_a_path_that_is_nowhere_is_told_with_the_nearest(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_base(Path("there"))
+    write_base(Path("up/there"))
+    for name, said, near in (
+        ("ther", "`ther`, and no run of this name", "there"),
+        ("up/ther", "`up/ther`", "up/there"),
+        ("upp/there", "`upp`", "up/there"),
+    ):
+        ended = cpt("ckpt", *words, name)
+        assert (ended.code, ended.err) == (2, f"error: there is no folder {said}\n\nhint: did you mean `{near}`?\n")
+
+
+@pytest.mark.parametrize("word", ["show", "verify", "list"])
+def test_an_unfinished_conversion_is_told_under_both_its_names(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out.partial").mkdir()
+    head = {"command": "cpt convert-ckpt in out --to hf", "source": {"path": "in"}}
+    Path("out.partial", "journal.jsonl").write_text(json.dumps(head) + "\n")
+    for name in ("out", "out.partial"):
+        ended = cpt("ckpt", word, name)
+        said = f"`{name}` is an unfinished conversion of `in`: `{head['command']}` goes on with it\n"
+        assert ended.code == (1 if word == "verify" else 2) and said in (ended.out, ended.err.removeprefix("error: "))
 
 
 def test_a_hugging_face_folder_is_told_as_what_it_is(run: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cpt.base.errors import CptError
+from cpt.base.records import from_json, to_json
 from cpt.config import build
-from cpt.plan.types import RunPlan, from_json, to_json
+from cpt.plan.types import RunPlan
 from tests.command import RECIPE, write_base, write_corpus, write_project
 
 SHIPPED = {

@@ -534,7 +534,7 @@ def test_a_recipe_without_a_law_is_planned_as_before(project: Path) -> None:
 
 
 def test_options_survive_the_plan_file(project: Path) -> None:
-    from cpt.plan.types import from_json, to_json
+    from cpt.base.records import from_json, to_json
     from cpt.stages.law import options_of
 
     found = plan(project)

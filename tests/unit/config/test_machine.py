@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cpt.base.errors import PlanError
+from cpt.base.records import to_json
 from cpt.config import build, machine
 from cpt.launch.slurm.options import Slurm
-from cpt.plan.types import to_json
 from tests.command import cpt, write_project
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from cpt.base.files import hash_text, write_json
 from cpt.data.corpus import FORMAT, Corpus
 from cpt.data.shards import ShardWriter
-from cpt.plan.types import Lr, Optimizer, Parallel, Replay, Train
+from cpt.plan.model import Parallel
+from cpt.plan.types import Lr, Optimizer, Replay, Train
 
 
 def corpus(folder: Path, lengths: list[int], valid: Sequence[int] = (), name: str = "made", eos: bool = True) -> Corpus:

@@ -52,7 +52,7 @@ def test_giving_to_the_largest_debt_would_break_the_promise() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=40).filter(lambda s: sum(s) > 1e-3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_shares_sum_to_the_whole_and_a_zero_share_gives_nothing(weights: list[float]) -> None:
     parts = whole_shares(weights)
     assert sum(parts) == UNIT and all((p > 0) == (w > 0) for p, w in zip(parts, weights, strict=True))
@@ -61,7 +61,7 @@ def test_any_shares_sum_to_the_whole_and_a_zero_share_gives_nothing(weights: lis
 
 
 @given(st.integers(0, 2**32), st.integers(2, 12), st.lists(st.integers(0, 60), min_size=1, max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stopping_anywhere_and_going_on_from_json_gives_the_same_order(
     seed: int, sources: int, stops: list[int]
 ) -> None:

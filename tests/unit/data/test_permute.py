@@ -11,7 +11,7 @@ from cpt.data.permute import Permutation
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_value_comes_exactly_once(n: int, key: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n))
 

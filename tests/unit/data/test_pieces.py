@@ -82,7 +82,7 @@ def test_large_row_groups_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @given(st.lists(st.text(max_size=40), max_size=20), st.integers(1, 200), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_lines_in_any_cut(
     tmp_path_factory: pytest.TempPathFactory, documents: list[str], size: int, end: bool
 ) -> None:

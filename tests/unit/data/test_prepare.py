@@ -271,7 +271,8 @@ def test_a_corpus_that_lost_bytes_is_made_again(source: Source, model: str, tmp_
 SCRIPT = """
 import sys, json
 from cpt.data import prepare
-from cpt.plan.types import DataOptions, Source, from_json
+from cpt.base.records import from_json
+from cpt.plan.types import DataOptions, Source
 source, model, cache, workers = sys.argv[1:]
 prepare.SMALL = 0
 cut = prepare.pieces.pieces
@@ -306,7 +307,7 @@ def test_a_killed_attempt_leaves_nothing_that_is_trusted_and_no_process(
         process.wait()
         killed += not list((tmp_path / "corpora").glob("[!.]*"))
         assert catalog.find(source, tokenizer.tokenizer_hash(model), DATA, tmp_path) is None or killed <= attempt
-        gone = time.monotonic() + 20
+        gone = time.monotonic() + 60
         while any(_runs(child) for child in children) and time.monotonic() < gone:
             time.sleep(0.05)
         assert not any(_runs(child) for child in children)

@@ -99,7 +99,7 @@ def test_dp_changes_nothing(corpora: dict[str, Corpus], dp: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_stopping_and_going_on_at_another_dp_is_the_same_stream(
     corpora: dict[str, Corpus], seed: int, dps: list[int]
 ) -> None:
@@ -197,7 +197,7 @@ def test_empty_documents_and_ones_longer_than_a_sample_are_all_right(tmp_path: P
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=12).filter(any), st.integers(1, 40), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_lengths_are_read_whole(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, batch: int
 ) -> None:

@@ -3,9 +3,10 @@
 import pytest
 
 from cpt.base.files import read_json
+from cpt.base.records import from_json
 from cpt.evaluate import account, measurements
 from cpt.evaluate.collect import chain_of
-from cpt.plan.types import RunPlan, from_json
+from cpt.plan.types import RunPlan
 from cpt.report.table import table
 from tests import made_run
 from tests.made_run import loss_of
@@ -99,7 +100,8 @@ def test_a_fork_before_the_parents_anneal_is_compared_with_that_step(tmp_path):
 def evaluated(tmp_path):
     """The made run with an evaluate stage that measured the end of `domain`."""
     from cpt.base.files import write_json
-    from cpt.plan.types import StagePlan, to_json
+    from cpt.base.records import to_json
+    from cpt.plan.types import StagePlan
 
     run = made_run.make(tmp_path)
     plan, _ = read(run)

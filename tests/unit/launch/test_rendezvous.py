@@ -77,7 +77,7 @@ def test_a_rank_0_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(EnvironmentProblem, match="rank 0 ended before the ranks met"):
         meet(tmp_path, ranks(1, here=2), wait_s=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_an_address_that_nobody_answers_at_is_named(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.base.errors import UsageError
+from cpt.base.records import to_json
 from cpt.launch import LAUNCHERS, Work, launcher_of
 from cpt.launch.slurm import script
 from cpt.launch.slurm.options import Slurm, dependency
-from cpt.plan.types import to_json
 
 HOSTILE = (
     "; touch pwned",

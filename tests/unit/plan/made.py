@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpt.plan.model import ModelConfig, Parallel
 from cpt.plan.types import (
     Base,
     DataOptions,
     Evaluate,
     Lr,
-    ModelConfig,
     Optimizer,
-    Parallel,
     RunPlan,
     Source,
     SourceFacts,

@@ -18,7 +18,8 @@ from cpt.plan.budget import (
     matrix_parameters,
     memory,
 )
-from cpt.plan.types import Evaluate, Parallel, Retain, Saving
+from cpt.plan.model import Parallel
+from cpt.plan.types import Evaluate, Retain, Saving
 from tests.unit.plan.made import MODEL, plan, stage, train
 
 

@@ -9,18 +9,8 @@ import pytest
 
 from cpt.base.errors import PlanError
 from cpt.plan.check import Outside, check, passes, warnings
-from cpt.plan.types import (
-    Anomalies,
-    Evaluate,
-    Lr,
-    Parallel,
-    Replay,
-    Retain,
-    RunPlan,
-    Saving,
-    StopIf,
-    Tokenizer,
-)
+from cpt.plan.model import Parallel
+from cpt.plan.types import Anomalies, Evaluate, Lr, Replay, Retain, RunPlan, Saving, StopIf, Tokenizer
 from tests.unit.plan.made import MODEL, plan, source, stage
 
 HF = {"base": Outside(kind="hf", identity="x")}

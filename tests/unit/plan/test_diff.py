@@ -6,7 +6,8 @@ import dataclasses
 
 from cpt.plan.diff import ABSENT, Difference, diff, same_result, shown
 from cpt.plan.fingerprint import with_fingerprints
-from cpt.plan.types import Parallel, Replay, RunPlan
+from cpt.plan.model import Parallel
+from cpt.plan.types import Replay, RunPlan
 from tests.unit.plan.made import plan, stage
 
 

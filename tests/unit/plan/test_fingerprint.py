@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from cpt.plan.fingerprint import with_fingerprints
+from cpt.plan.model import Parallel
 from cpt.plan.types import (
     Anomalies,
     Base,
     DataOptions,
     Evaluate,
     Optimizer,
-    Parallel,
     Replay,
     RunPlan,
     Saving,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cpt.base.files import read_json, write_json
+from cpt.base.records import from_json, to_json
 from cpt.evaluate.collect import account
-from cpt.plan.types import RunPlan, from_json, to_json
+from cpt.plan.types import RunPlan
 from cpt.report.history import read_run
 from cpt.report.page import content
 from cpt.report.progress import Progress

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cpt.base.files import read_json, write_json
+from cpt.base.records import from_json, to_json
 from cpt.laws.analyse import analyse
 from cpt.laws.saved import SavedLaw
 from cpt.laws.settings import Settings
 from cpt.laws.table import Table
-from cpt.plan.types import RunPlan, from_json, to_json
+from cpt.plan.types import RunPlan
 from cpt.report import law_outcome
 from cpt.report.facts import report_json
 from cpt.report.history import read_run

@@ -11,7 +11,7 @@ from cpt.checkpoint import manifest
 from cpt.checkpoint.job import planning
 from cpt.checkpoint.job.convert import convert
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
-from cpt.plan.types import Parallel
+from cpt.plan.model import Parallel
 from cpt.report.lineage import chain, find, lineage_text
 from cpt.schedules import curve
 from tests import made_run

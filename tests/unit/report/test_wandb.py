@@ -117,7 +117,7 @@ def test_a_hanging_wandb_is_ended(run, fake):
     pid = sink._process.pid
     start = time.monotonic()
     assert sink.close(1.0) == "wandb did not finish within 1 s"
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 

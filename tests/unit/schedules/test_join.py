@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.base.errors import CptError, PlanError, UsageError
-from cpt.plan.types import Lr, from_json, to_json
+from cpt.base.records import from_json, to_json
+from cpt.plan.types import Lr
 from cpt.schedules import curve, pre_anneal_step, resolve
 from cpt.schedules.join import ParentLr, StageLr
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cpt.plan.types import Base, DataOptions, Lr, Optimizer, Parallel, RunPlan, Source, StagePlan, Tokenizer, Train
+from cpt.plan.model import Parallel
+from cpt.plan.types import Base, DataOptions, Lr, Optimizer, RunPlan, Source, StagePlan, Tokenizer, Train
 
 
 def train(steps: int = 100, **changes: Any) -> Train:

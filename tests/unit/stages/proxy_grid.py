@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from cpt.base.files import write_json
+from cpt.base.records import to_json
 from cpt.laws.dcpt import DCPT
 from cpt.laws.rows import points
-from cpt.plan.types import Job, Lr, ModelConfig, RunPlan, StagePlan, to_json
+from cpt.plan.model import ModelConfig
+from cpt.plan.types import Job, Lr, RunPlan, StagePlan
 from cpt.stages import state
 from tests.unit.stages import plans
 

@@ -12,9 +12,10 @@ import pytest
 from cpt.base import lock
 from cpt.base.errors import FAILED, SAVED
 from cpt.base.files import read_json, write_json
+from cpt.base.records import to_json
 from cpt.launch import outcome
 from cpt.launch.slurm.options import Slurm
-from cpt.plan.types import Job, to_json
+from cpt.plan.types import Job
 from cpt.stages import attempt, state
 from tests.unit.stages.plans import plan, stage, train
 

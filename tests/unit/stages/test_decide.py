@@ -89,7 +89,7 @@ def test_a_first_run_just_says_that_it_never_ran() -> None:
 
 
 def test_changes_that_keep_the_result_are_not_named() -> None:
-    from cpt.plan.types import Parallel
+    from cpt.plan.model import Parallel
 
     other = changed(stage(), "f1", parallel=Parallel(tp=2), log_every=10)
     assert changes(plan(stage()), plan(other), "domain") == []

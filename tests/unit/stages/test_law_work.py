@@ -140,7 +140,8 @@ def test_the_work_imports_neither_torch_nor_hydra(tmp_path):
     # Few rows and a law with few parameters: the other laws beside are quickly told to be impossible.
     _, run = grid.make(tmp_path, how="merge", options={"law": "mixing", "draws": 0})
     code = (
-        "import sys, json; from pathlib import Path; from cpt.plan.types import Job, RunPlan, from_json\n"
+        "import sys, json; from pathlib import Path; from cpt.plan.types import Job, RunPlan\n"
+        "from cpt.base.records import from_json\n"
         "from cpt.stages import law_work; from cpt.stages.attempt import read_plan\n"
         f"job = from_json(Job, json.loads({json.dumps(json.dumps(_json(grid.job(run))))}))\n"
         "law_work.work(read_plan(Path(job.run_dir)), job)\n"
@@ -150,6 +151,6 @@ def test_the_work_imports_neither_torch_nor_hydra(tmp_path):
 
 
 def _json(value):
-    from cpt.plan.types import to_json
+    from cpt.base.records import to_json
 
     return to_json(value)

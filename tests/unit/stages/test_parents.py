@@ -12,10 +12,11 @@ import pytest
 from cpt.base import lock
 from cpt.base.errors import UsageError
 from cpt.base.files import write_json
+from cpt.base.records import to_json
 from cpt.checkpoint import manifest
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
 from cpt.launch.batch import Inside
-from cpt.plan.types import ModelConfig, Parallel, to_json
+from cpt.plan.model import ModelConfig, Parallel
 from cpt.stages import attempt, parents, state
 from cpt.stages.state import State
 from tests.unit.stages.plans import plan, stage

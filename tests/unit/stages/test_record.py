@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from cpt.plan.types import RunPlan, from_json
+from cpt.base.records import from_json
+from cpt.plan.types import RunPlan
 from cpt.stages import record
 from tests.unit.stages.plans import plan, stage
 

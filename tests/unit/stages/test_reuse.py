@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from cpt.base.files import write_json
-from cpt.plan.types import RunPlan, to_json
+from cpt.base.records import to_json
+from cpt.plan.types import RunPlan
 from cpt.stages import reuse, state
 from tests.unit.stages.plans import changed, plan, stage
 

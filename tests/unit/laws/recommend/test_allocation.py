@@ -25,7 +25,7 @@ def test_the_worked_example_holds_to_the_last_digit() -> None:
     assert not found.at_edge and 6 * found.value * found.tokens.value == pytest.approx(1e21)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     log_flops=st.floats(17, 25),
     alpha=st.floats(0.2, 0.6),

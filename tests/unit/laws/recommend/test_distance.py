@@ -74,7 +74,7 @@ def test_mixtures_are_judged_by_all_their_shares() -> None:
     assert not corner.inside
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weights=st.lists(st.floats(0, 1), min_size=12, max_size=12).filter(lambda w: sum(w) > 0.01))
 def test_every_average_of_rows_is_inside(weights: list[float]) -> None:
     measured = grid()

@@ -109,7 +109,7 @@ def test_a_law_that_is_not_convex_says_that_it_is_the_best_of_many_starts() -> N
     assert found.objective.value <= brute(losses, {"all": 1.0}) + 1e-12
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     slopes=st.lists(st.lists(st.floats(-3, 1), min_size=3, max_size=3), min_size=2, max_size=2),
     gammas=st.lists(st.floats(0.1, 1.0), min_size=3, max_size=3),

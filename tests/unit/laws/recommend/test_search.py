@@ -41,7 +41,7 @@ def test_with_eta_below_1_the_law_rises_up_to_r_i_and_both_searches_find_it(valu
     assert np.ptp(flat_DG[0, below]) == 0 and flat_DG[0, 0] >= flat_DG[0, ~below].max()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     eta=st.floats(1.0, 4.0),
     b=st.floats(1, 3000),

@@ -128,7 +128,7 @@ def test_more_tolerance_never_lowers_the_share() -> None:
 positive = st.floats(0.05, 2.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     e=positive,
     c=st.floats(0.01, 1.0),
