@@ -13,8 +13,8 @@ Targets: of the copy's rate, with one worker, 0.7 from and to `hf`, 0.6 between 
 memory and four blocks for each worker without torch.
 
 Rows `verify-…` are the command `cpt ckpt verify` against plain reading of the same files by 8 MiB, in turn, each with
-the files put out of the page cache before it (cold) and again with them in it (warm). Target: 0.8 of the rate of
-reading, cold. Warm is only shown: nobody waits for what is in the cache.
+the files put out of the page cache and a rest before it (cold) and again with them in it (warm). Target: 0.8 of the
+rate of reading, cold. Warm is only shown: nobody waits for what is in the cache.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from cpt.plan.model import ModelConfig
 MEMORY = 80e6  # of a worker beside four blocks [bytes]
 CHUNK = 8 << 20  # of the plain copy and of plain reading [bytes]
 VERIFY = 0.8  # of plain reading, cold
+REST = 4.0  # before each cold reading [s]: disks are faster after one, memory that was freed a moment ago is faster to get
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
 
 
@@ -281,6 +282,7 @@ def measure_verify(source: Path, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         for name, work in works.items():
             _forget(source)
+            time.sleep(REST)
             for state in ("cold", "warm"):
                 found.setdefault(f"{name} {state}", []).append(_timed(size_of(source), work))
     return {name: statistics.median(rates) for name, rates in found.items()}

@@ -481,13 +481,24 @@ class StageStore:
     def _after(self) -> None:
         """Tracker file and retention, on the first rank."""
         self._check_fence()
-        whole = [(step, folder) for step, folder in steps(self.checkpoints) if is_whole(folder)]
-        write_atomic(self.checkpoints / TRACKER, str(whole[-1][0]))
+        whole = track(self.checkpoints)
         gone = set(to_remove([manifests.read(folder) for _, folder in whole], self.saving.retain, self.keep_steps))
         for step, folder in whole:
             if step in gone:
                 self._check_fence()
                 remove(folder)
+
+
+def track(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Let the tracker file name the newest whole checkpoint; gives (step, folder) of all whole ones, oldest first.
+
+    Looks again once it has written: whoever was cut off in between, and taken over, corrects an older step's number.
+    """
+    written = None
+    while (whole := [(s, f) for s, f in steps(checkpoints) if is_whole(f)]) and whole[-1][0] != written:
+        written = whole[-1][0]
+        write_atomic(checkpoints / TRACKER, str(written))
+    return whole
 
 
 def no_space(folder: Path, needed: int, free: int) -> EnvironmentProblem:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ import numpy as np
 
 from cpt.base.errors import UsageError
 from cpt.base.units import show_bytes
-from cpt.checkpoint import master, store
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles, row_spans
+from cpt.checkpoint import master, store, windows
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Reading
-from cpt.checkpoint.sums import Sum, Summings, Watch, ask_for, file_sums, name_in, small_ones_wrong, stored_sums
+from cpt.checkpoint.sums import Sum, Summings, Watch, file_sums, name_in, small_ones_wrong, stored_sums
 from cpt.checkpoint.values import Seen, not_finite, odd, some
+from cpt.checkpoint.windows import Windows
 
 _PAD = " (padding rows)"
 _BLOCK = 1 << 20  # of a state that is looked at together: what stays in a core's cache [bytes]
-_TURN = 1 << 25  # of all states, that a thread takes at a time [bytes]
-_AHEAD = 3  # turns that are asked for before they are taken, beside one for each thread
+_TURN = 1 << 23  # of all states, that a thread takes at a time [bytes]
+_BUFFER = 2 * _TURN  # with what lies between [bytes]
+_AHEAD = 3  # turns that are read before they are looked at, beside one for each thread
+_READERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +116,13 @@ def _inspect_values(report: Report, content: Content, listed: Sequence[Sum], wor
     wrong: list[str] = []
     seen: dict[str, Seen] = {}
     unequal: list[master.Wrong] = []
-    turns = list(_turns(content))
-    with _Ahead(turns, workers + _AHEAD) as ahead, ThreadPoolExecutor(max_workers=workers) as pool:
-        try:
-            for values, odd_ones in pool.map(looker.look, turns):
-                ahead.taken()
-                unequal += odd_ones
-                for key, one in values.items():
-                    seen[key] = one if key not in seen else _joined(seen[key], one)
-        except UsageError as error:
-            wrong.append(error.message)
-            looker.stop()
+    try:
+        for values, odd_ones in _looked(looker, _turns(content), workers):
+            unequal += odd_ones
+            for key, one in values.items():
+                seen[key] = one if key not in seen else _joined(seen[key], one)
+    except UsageError as error:
+        wrong.append(error.message)
     with ThreadPoolExecutor(max_workers=workers) as pool:  # after all turns, that no byte is summed twice
         changed = list(filter(None, pool.map(lambda s: s.why_wrong(count.add), looker.sums.all)))
     if changed:  # explains whatever the values are
@@ -176,46 +176,89 @@ def _unseen(content: Content, sums: Sequence[Sum]) -> Iterator[str]:
         )
 
 
+_Box = tuple[int, int, tuple[int, int]]  # row, column, shape
+
+
 @dataclass(frozen=True)
 class _Turn:
-    """Rows of a tensor, in all its states: what a thread works on at a time.
+    """A part of a tensor's matrix, in all its states: what a thread works on at a time.
 
     Args:
-        pad: whether these are its padding rows.
+        pad: whether it is of the tensor's padding rows.
     """
 
     atom: Atom
     pad: bool
-    first: int
-    last: int
+    box: _Box
 
     @property
     def states(self) -> Mapping[str, Array]:
-        """Its arrays, all of one shape."""
+        """The tensor's arrays, all of one shape."""
         return self.atom.pad if self.pad else self.atom.states
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of each state as a whole."""
-        return next(iter(self.states.values())).shape
+    def shape(self) -> tuple[int, int]:
+        """Of the whole matrix."""
+        return as_matrix(next(iter(self.states.values())).shape)
 
     def boxes(self) -> Iterator[_Box]:
-        """Blocks that cover the rows."""
+        """Blocks that cover the part."""
+        row, left, (rows, columns) = self.box
         size = max(itemsize(array.dtype) for array in self.states.values())
-        return rectangles(self.first, self.last, as_matrix(self.shape)[1], _BLOCK // size)
+        for top, column, shape in rectangles(row, row + rows, columns, _BLOCK // size):
+            yield top, left + column, shape
 
-
-_Box = tuple[int, int, tuple[int, int]]  # row, column, shape
+    def stretches(self) -> Iterator[windows.Stretch]:
+        """Where the part lies in files; not where much else lies between, as in a matrix that is stored turned."""
+        for array in self.states.values():
+            for file, start, end, held in _stretches(array, self.box):
+                if end - start <= 2 * held:
+                    yield file, start, end
 
 
 def _turns(content: Content) -> Iterator[_Turn]:
-    """All rows of all tensors, in parts of about equal size."""
+    """All of all tensors, in parts of about equal size."""
     for atom in content.atoms.values():
         for pad, states in ((False, atom.states), (True, atom.pad)):
             if states:
                 size = sum(itemsize(array.dtype) for array in states.values())
-                for first, last in row_spans(next(iter(states.values())).shape, _TURN // size):
-                    yield _Turn(atom, pad, first, last)
+                rows, columns = as_matrix(next(iter(states.values())).shape)
+                for box in rectangles(0, rows, columns, _TURN // size):
+                    yield _Turn(atom, pad, box)
+
+
+_Looked = tuple[dict[str, Seen], list[master.Wrong]]
+
+
+def _looked(looker: _Looker, turns: Iterable[_Turn], workers: int) -> Iterator[_Looked]:
+    """What is found in each turn, in order; some are read while others are looked at.
+
+    Raises:
+        UsageError: a file cannot be read. Turns that have not begun are left out.
+    """
+    under_way: deque[Future[_Looked]] = deque()
+    buffers: list[mmap.mmap] = []
+
+    def read(turn: _Turn) -> tuple[Windows, mmap.mmap]:
+        buffer = buffers.pop() if buffers else mmap.mmap(-1, _BUFFER)
+        return windows.read(turn.stretches(), buffer), buffer
+
+    def look(turn: _Turn, reading: Future[tuple[Windows, mmap.mmap]]) -> _Looked:
+        there, buffer = reading.result()
+        found = looker.look(turn, there)
+        buffers.append(buffer)
+        return found
+
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(workers) as lookers:
+        try:
+            for turn in turns:
+                if len(under_way) == workers + _AHEAD:
+                    yield under_way.popleft().result()
+                under_way.append(lookers.submit(look, turn, readers.submit(read, turn)))
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            lookers.shutdown(cancel_futures=True)
 
 
 class _Looker:
@@ -226,18 +269,10 @@ class _Looker:
         self.sums = sums
         self.watch = watch
         self.files = Files()
-        self._is_stopped = False
 
-    def stop(self) -> None:
-        """Let turns that have not begun be nothing."""
-        self._is_stopped = True
-
-    def look(self, turn: _Turn) -> tuple[dict[str, Seen], list[master.Wrong]]:
-        """Read some rows of all states of a tensor once: their values, and main weights against model weights."""
-        if self._is_stopped:
-            return {}, []
+    def look(self, turn: _Turn, there: Windows) -> _Looked:
+        """Look at a part of all states of a tensor once: their values, and main weights against model weights."""
         atom, states = turn.atom, turn.states
-        rows, columns = as_matrix(turn.shape)
         names = {s: f"{atom.name}{_PAD if turn.pad else ''}" + ("" if s == MODEL else f" {s}") for s in states}
         seen = {names[s]: Seen(a.dtype) for s, a in states.items()}
         wrong: list[master.Wrong] = []
@@ -245,74 +280,51 @@ class _Looker:
         for box in turn.boxes():
             blocks = {}
             for state, array in states.items():
-                self._sum(array, box)
-                blocks[state] = _block(self.files, array, *box)
-                seen[names[state]].add(blocks[state], box[0] * columns + box[1])
+                self._sum(array, box, there)
+                blocks[state] = self._block(array, box, there)
+                seen[names[state]].add(blocks[state], box[0] * turn.shape[1] + box[1])
             if compare:
                 at = master.unequal(blocks[MAIN], states[MAIN].dtype, blocks[MODEL], states[MODEL].dtype)
                 if len(at):
                     main = blocks[MAIN].reshape(box[2])
-                    wrong.append(master.wrong_at(atom.name, turn.pad, at, main, box[:2], (rows, columns)))
+                    wrong.append(master.wrong_at(atom.name, turn.pad, at, main, box[:2], turn.shape))
         return seen, master.together(wrong)
 
-    def _sum(self, array: Array, box: _Box) -> None:
+    def _sum(self, array: Array, box: _Box, there: Windows) -> None:
         """Sum the bytes that hold a block, as far as nobody has and there is a checksum of them."""
         for file, start, end, held in _stretches(array, box):
             if file not in self.sums:
                 self.watch(held)
                 continue
-            data = self.files.map(file)
-            for one in self.sums.crossing(file, start, min(end, len(data))):
-                for first, last in one.take(start, min(end, len(data))):
-                    one.note(first, last, self._crc32(file, first, last))
+            for one in self.sums.crossing(file, start, end):
+                for first, last in one.take(start, end):
+                    one.note(first, last, self._crc32(file, first, last, there))
 
-    def _crc32(self, file: str, start: int, end: int) -> int:
+    def _crc32(self, file: str, start: int, end: int, there: Windows) -> int:
+        self.watch(end - start)
+        if (found := there.find(file, start, end)) is not None:
+            data, at = found
+            return crc32(data[at : at + end - start])
         with memoryview(self.files.map(file)) as view, view[start:end] as part:
-            self.watch(len(part))
             return crc32(part)
 
-
-class _Ahead:
-    """Lets the system read turns before they are taken, in a thread of its own: to ask takes as long as to look.
-
-    Args:
-        most: turns that are asked for and not yet done with.
-    """
-
-    def __init__(self, turns: Sequence[_Turn], most: int) -> None:
-        self._turns = turns
-        self._room = threading.Semaphore(most)
-        self._is_stopped = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> _Ahead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._is_stopped = True
-        self._room.release()
-        self._thread.join()
-
-    def taken(self) -> None:
-        """A turn is done with."""
-        self._room.release()
-
-    def _work(self) -> None:
-        with contextlib.suppress(OSError):  # who looks says what is wrong
-            for turn in self._turns:
-                self._room.acquire()
-                if self._is_stopped:
-                    return
-                for box in turn.boxes():
-                    for array in turn.states.values():
-                        self._ask_for(array, box)
-
-    def _ask_for(self, array: Array, box: _Box) -> None:
-        for file, start, end, held in _stretches(array, box):
-            if end - start <= 2 * held:  # else columns of a wide or turned matrix, whose rows others ask for
-                with open(file, "rb", buffering=0) as f:
-                    ask_for(f.fileno(), start, end)
+    def _block(self, array: Array, box: _Box, there: Windows) -> np.ndarray[Any, Any]:
+        """A rectangle of an array, flat; copied only where it does not lie in one piece."""
+        row, column, shape = box
+        for place in crossing(array.places, row, row + 1):
+            top, left = row - place.row, column - place.column
+            is_inside = 0 <= top <= place.rows - shape[0] and 0 <= left <= place.columns - shape[1]
+            if is_inside and not place.transposed:
+                size = itemsize(array.dtype)
+                start = place.start + top * place.stride + left * size
+                end = start + (shape[0] - 1) * place.stride + shape[1] * size
+                if end - start == shape[0] * shape[1] * size and (found := there.find(place.file, start, end)):
+                    data, at = found
+                    return np.frombuffer(data, CARRIERS[array.dtype], shape[0] * shape[1], at)
+                break
+        block = np.empty(shape, CARRIERS[array.dtype])
+        self.files.read(array, row, column, block, array.dtype)
+        return block.reshape(-1)
 
 
 def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
@@ -328,21 +340,6 @@ def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
         if p.transposed:
             top, bottom, left, right = left, right, top, bottom
         yield p.file, p.start + top * p.stride + left * size, p.start + (bottom - 1) * p.stride + right * size, held
-
-
-def _block(files: Files, array: Array, row: int, column: int, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A rectangle of an array, flat; copied only where it does not lie in one piece."""
-    for place in crossing(array.places, row, row + 1):
-        top, left = row - place.row, column - place.column
-        is_inside = 0 <= top <= place.rows - shape[0] and 0 <= left <= place.columns - shape[1]
-        if is_inside and not place.transposed:
-            view = files.view(place, array.dtype)[top : top + shape[0], left : left + shape[1]]
-            if view.flags.c_contiguous:
-                return view.reshape(-1)
-            break
-    block = np.empty(shape, CARRIERS[array.dtype])
-    files.read(array, row, column, block, array.dtype)
-    return block.reshape(-1)
 
 
 def _joined(a: Seen, b: Seen) -> Seen:

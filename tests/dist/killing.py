@@ -101,7 +101,7 @@ class Running:
 
     def ranks(self) -> list[int]:
         """Pids of the ranks, in order of rank; empty when none live."""
-        parents = [p for p in self.tree() if p.pid != self.process.pid and p.ppid() == self.process.pid]
+        parents = [p for p in self.tree() if _parent(p) == self.process.pid]
         self.newest_ranks = sorted(c.pid for p in parents for c in _children(p))
         return self.newest_ranks
 
@@ -126,6 +126,13 @@ class Running:
             assert self.process.poll() is None, f"the run ended before {what}:\n{self.text()[-3000:]}"
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
             time.sleep(every)
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

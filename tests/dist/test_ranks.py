@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cpt.base import processes
 from cpt.plan.model import Parallel
 from tests.dist.ranks import RankFailed, run_ranks
 
@@ -73,7 +74,7 @@ def written(folder: Path, ranks: int) -> list[int]:
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+    return [p for p in pids if processes.start_time(p) is not None]
 
 
 def test_four_ranks_reduce_over_gloo() -> None:

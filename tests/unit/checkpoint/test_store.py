@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cpt.base.errors import UsageError
-from cpt.base.files import write_json
+from cpt.base.files import write_atomic, write_json
 from cpt.checkpoint import manifest as manifests
 from cpt.checkpoint import store
 from cpt.checkpoint.manifest import FileFacts, Manifest, Origin
@@ -227,3 +227,18 @@ def test_a_replacement_killed_between_its_renames_is_put_into_place(tmp_path: Pa
     assert store.steps(tmp_path) == []
     assert store.clean(tmp_path) == []
     assert not new.exists() and store.newest_whole(tmp_path)[0] == tmp_path / "iter_0000005"
+
+
+def test_the_tracker_file_is_put_right_by_who_was_cut_off_while_writing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_checkpoint(tmp_path, 3)
+
+    def slow(path: Path, text: str) -> None:
+        if not (tmp_path / store.folder_name(87)).exists():
+            a_checkpoint(tmp_path, 87)  # by the attempt that has taken over meanwhile
+        write_atomic(path, text)
+
+    monkeypatch.setattr(store, "write_atomic", slow)
+    assert [step for step, _ in store.track(tmp_path)] == [3, 87]
+    assert (tmp_path / store.TRACKER).read_text() == "87"

@@ -126,7 +126,7 @@ def test_damaged_bytes_explain_whatever_the_values_are(tmp_path: Path) -> None:
 
 def test_a_turn_that_fails_leaves_the_sums_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path, "llama", "torch_dist", Layout())
-    block = verify._block
+    block = verify._Looker._block
     calls: list[int] = []
 
     def failing(*args: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_turn_that_fails_leaves_the_sums_whole(tmp_path: Path, monkeypatch: py
             raise UsageError("the disk is gone")
         return block(*args)
 
-    monkeypatch.setattr(verify, "_block", failing)
+    monkeypatch.setattr(verify._Looker, "_block", failing)
     report = verify.inspect(folder, workers=4)
     assert report.wrong == ("the disk is gone",)
     assert report.nbytes == sum(s.length for s in file_sums(folder))

@@ -45,11 +45,14 @@ def test_the_fault_of_megatron_core_is_named() -> None:
     assert "megatron-core 0.15.0 to 0.19.2 writes such `fully_reshardable` checkpoints" in wrong
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("workers", "is_split"), [(1, False), (3, False), (2, True)])
 @pytest.mark.parametrize("name", ["hf", "atom", "torch_dist", "megatron"])
 def test_what_is_written_here_passes_and_one_changed_main_weight_is_found(
-    tmp_path: Path, name: str, workers: int
+    tmp_path: Path, name: str, workers: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if is_split:  # parts of rows, as of very wide tensors
+        monkeypatch.setattr(verify, "_TURN", 1 << 8)
+        monkeypatch.setattr(verify, "_BLOCK", 1 << 6)
     made = content(tmp_path / "made")
     layout = Layout(tp=2) if name == "megatron" else Layout()
     folder = write(made, name, tmp_path / name, Writing(vocabulary_multiple=8 * (3 - layout.tp), layout=layout))
