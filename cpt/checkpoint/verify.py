@@ -74,7 +74,7 @@ def inspect(
     """Check a checkpoint folder of any format: structure, checksums, main weights, values. Reads every byte.
 
     Args:
-        workers: threads that look at values; one more reads ahead.
+        workers: threads that look at values; two more read.
         watch: called with the number of bytes read after each block, from any thread.
 
     Raises:
