@@ -436,18 +436,27 @@ class Files:
                 raise UsageError(f"`{file}` {why_unreadable(error)}") from None
         return self._maps[file]
 
+    def part(self, file: str, start: int, end: int) -> tuple[mmap.mmap | bytes, int]:
+        """A whole file's bytes, mapped, and `start`, where the bytes from `start` to `end` begin in them.
+
+        Raises:
+            UsageError: the file ends before them.
+        """
+        data = self.map(file)
+        if start < 0 or end > len(data):
+            raise UsageError(f"`{Path(file)}` has {len(data):,} bytes, {end:,} are needed: the file was cut off")
+        return data, start
+
     def view(self, place: Place, dtype: str) -> Matrix:
         """The values of a place, [rows, columns], not copied.
 
         Raises:
             UsageError: the file ends before them.
         """
-        data = self.map(place.file)
         size = itemsize(dtype)
         rows, columns = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
         end = place.start + (rows - 1) * place.stride + columns * size
-        if rows and columns and (place.start < 0 or end > len(data)):
-            raise UsageError(f"`{Path(place.file)}` has {len(data):,} bytes, {end:,} are needed: the file was cut off")
+        data, _ = self.part(place.file, place.start, end if rows and columns else place.start)
         view = np.ndarray((rows, columns), CARRIERS[dtype], data, place.start, (place.stride, size))
         return view.T if place.transposed else view
 

@@ -17,7 +17,7 @@ import numpy as np
 from cpt.base.errors import UsageError
 from cpt.base.units import show_bytes
 from cpt.checkpoint import master, store, windows
-from cpt.checkpoint.arrays import CARRIERS, Array, Files, as_matrix, crossing, itemsize, rectangles
+from cpt.checkpoint.arrays import CARRIERS, Array, Files, Place, as_matrix, crossing, itemsize, rectangles
 from cpt.checkpoint.content import MAIN, MODEL, Atom, Content
 from cpt.checkpoint.crc32 import crc32
 from cpt.checkpoint.formats import Reading
@@ -211,9 +211,9 @@ class _Turn:
     def stretches(self) -> Iterator[windows.Stretch]:
         """Where the part lies in files; not where much else lies between, as in a matrix that is stored turned."""
         for array in self.states.values():
-            for file, start, end, held in _stretches(array, self.box):
-                if end - start <= 2 * held:
-                    yield file, start, end
+            for piece in _pieces(array, self.box):
+                if piece.end - piece.start <= 2 * piece.held:
+                    yield piece.place.file, piece.start, piece.end
 
 
 def _turns(content: Content) -> Iterator[_Turn]:
@@ -292,10 +292,12 @@ class _Looker:
 
     def _sum(self, array: Array, box: _Box, there: Windows) -> None:
         """Sum the bytes that hold a block, as far as nobody has and there is a checksum of them."""
-        for file, start, end, held in _stretches(array, box):
+        for piece in _pieces(array, box):
+            file, start = piece.place.file, piece.start
             if file not in self.sums:
-                self.watch(held)
+                self.watch(piece.held)
                 continue
+            end = min(piece.end, len(self.files.map(file)))  # of a file that was cut off the rest is missed later
             for one in self.sums.crossing(file, start, end):
                 for first, last in one.take(start, end):
                     one.note(first, last, self._crc32(file, first, last, there))
@@ -310,36 +312,64 @@ class _Looker:
 
     def _block(self, array: Array, box: _Box, there: Windows) -> np.ndarray[Any, Any]:
         """A rectangle of an array, flat; copied only where it does not lie in one piece."""
-        row, column, shape = box
-        for place in crossing(array.places, row, row + 1):
-            top, left = row - place.row, column - place.column
-            is_inside = 0 <= top <= place.rows - shape[0] and 0 <= left <= place.columns - shape[1]
-            if is_inside and not place.transposed:
-                size = itemsize(array.dtype)
-                start = place.start + top * place.stride + left * size
-                end = start + (shape[0] - 1) * place.stride + shape[1] * size
-                if end - start == shape[0] * shape[1] * size and (found := there.find(place.file, start, end)):
-                    data, at = found
-                    return np.frombuffer(data, CARRIERS[array.dtype], shape[0] * shape[1], at)
-                break
-        block = np.empty(shape, CARRIERS[array.dtype])
-        self.files.read(array, row, column, block, array.dtype)
+        block, found = np.empty(0, CARRIERS[array.dtype]), 0
+        for piece in _pieces(array, box):
+            view = self._view(piece, array.dtype, there)
+            if view.shape == box[2] and view.flags.c_contiguous:
+                return view.reshape(-1)
+            block = block if block.size else np.empty(box[2], block.dtype)
+            block[piece.of_block] = view
+            found += view.size
+        assert found == block.size > 0, f"{found} of {block.size} values of {box} of {array.shape}"
         return block.reshape(-1)
 
+    def _view(self, piece: _Piece, dtype: str, there: Windows) -> np.ndarray[Any, Any]:
+        place, size = piece.place, itemsize(dtype)
+        data, at = there.find(place.file, piece.start, piece.end) or self.files.part(place.file, piece.start, piece.end)
+        view = np.ndarray(piece.stored, CARRIERS[dtype], data, at, (place.stride, size))
+        return view.T if place.transposed else view
 
-def _stretches(array: Array, box: _Box) -> Iterator[tuple[str, int, int, int]]:
-    """(file, first byte, last byte, bytes of values) of the stretches of files in which a block lies."""
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a place holds of a block.
+
+    Args:
+        of_block: rows and columns of the block.
+        stored: shape in the file, where rows and columns of a turned place change places.
+        start, end: in the file [bytes].
+        held: size of the values [bytes]; less than from `start` to `end` where others lie between.
+    """
+
+    place: Place
+    of_block: tuple[slice, slice]
+    stored: tuple[int, int]
+    start: int
+    end: int
+    held: int
+
+
+def _pieces(array: Array, box: _Box) -> Iterator[_Piece]:
+    """The pieces of a block, which cover it."""
     row, column, (rows, columns) = box
     size = itemsize(array.dtype)
     for p in crossing(array.places, row, row + rows):
-        top, bottom = max(p.row, row) - p.row, min(p.rows, row + rows - p.row)
-        left, right = max(p.column, column) - p.column, min(p.columns, column + columns - p.column)
+        top, bottom = max(p.row, row), min(p.row + p.rows, row + rows)
+        left, right = max(p.column, column), min(p.column + p.columns, column + columns)
         if top >= bottom or left >= right:
             continue
-        held = (bottom - top) * (right - left) * size
+        first, stored = (top - p.row, left - p.column), (bottom - top, right - left)
         if p.transposed:
-            top, bottom, left, right = left, right, top, bottom
-        yield p.file, p.start + top * p.stride + left * size, p.start + (bottom - 1) * p.stride + right * size, held
+            first, stored = first[::-1], stored[::-1]
+        start = p.start + first[0] * p.stride + first[1] * size
+        yield _Piece(
+            place=p,
+            of_block=(slice(top - row, bottom - row), slice(left - column, right - column)),
+            stored=stored,
+            start=start,
+            end=start + (stored[0] - 1) * p.stride + stored[1] * size,
+            held=stored[0] * stored[1] * size,
+        )
 
 
 def _joined(a: Seen, b: Seen) -> Seen:

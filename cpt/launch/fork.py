@@ -325,14 +325,16 @@ def _kill_descendants() -> None:
     import psutil
 
     for _ in range(50):
-        children = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+        is_any_alive = False
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it ends meanwhile
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    is_any_alive = True
+                    child.kill()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if not children:
+        if not is_any_alive:
             return
         time.sleep(0.02)
 

@@ -505,7 +505,10 @@ def _ourselves() -> set[int]:
     """This process and those that it descends from: the script that holds the lock is one of them."""
     import psutil
 
-    return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = {os.getpid(), os.getppid()}
+    with contextlib.suppress(psutil.Error):  # one further up ends just now
+        found.update(parent.pid for parent in psutil.Process().parents())
+    return found
 
 
 def with_reference(old: State, fingerprint: str, reference: Path, reason: str) -> State:
