@@ -15,7 +15,6 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -444,7 +443,7 @@ class Files:
         """
         data = self.map(file)
         if start < 0 or end > len(data):
-            raise UsageError(f"`{Path(file)}` has {len(data):,} bytes, {end:,} are needed: the file was cut off")
+            raise UsageError(f"`{file}` has {len(data):,} bytes, {end:,} are needed: the file was cut off")
         return data, start
 
     def view(self, place: Place, dtype: str) -> Matrix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from cpt.base.errors import UsageError
 from cpt.checkpoint import verify
+from cpt.checkpoint.arrays import Files
 from cpt.checkpoint.content import Layout
 from cpt.checkpoint.formats import Writing
 from cpt.checkpoint.job import averaging, planning
@@ -68,6 +70,22 @@ def test_what_is_written_here_passes_and_one_changed_main_weight_is_found(
         folder = write(made, name, tmp_path / "wrong", Writing(vocabulary_multiple=8 * (3 - layout.tp), layout=layout))
         (wrong,) = verify.inspect(folder, workers=workers).wrong
         assert "in 1 of 30 tensors (`model.norm.weight`)" in wrong and "damaged, or of another moment" in wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("hf", Layout()), ("torch_dist", Layout(tp=2)), ("megatron", Layout(tp=2))]
+)
+def test_values_are_read_once_and_not_by_way_of_a_map(
+    name: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(content(tmp_path / "made"), name, tmp_path / "out", Writing(vocabulary_multiple=8, layout=layout))
+
+    class Unused(Files):
+        def part(self, file: str, start: int, end: int) -> tuple[mmap.mmap | bytes, int]:
+            raise AssertionError(f"{file} {start} was not read ahead")
+
+    monkeypatch.setattr(verify, "Files", Unused)
+    assert verify.verify(folder) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not list what is mapped")
