@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +45,7 @@ VocabSize = Annotated[
     typer.Option("--vocab-size", metavar="N", min=1, help="Of the model, where the checkpoint does not say."),
 ]
 Workers = Annotated[
-    int, typer.Option("--workers", metavar="N", min=1, help="Threads that look at values, beside one that reads ahead.")
+    int, typer.Option("--workers", metavar="N", min=1, help="Threads that look at values, beside two that read.")
 ]
 
 
@@ -140,7 +140,7 @@ def _show_native(folder: Path, found: Manifest) -> int:
         "precision": found.precision,
         "optimizer": optimizer,
         "lr": f"{lr['last']:.3g}" if isinstance(lr.get("last"), int | float) else "–",
-        "layout": _layout(found),
+        "layout": _layout(found) + _uneven(found.layout.layers),
         "parent": str(origin.parent.get("path")) if origin.parent else "none, from scratch",
         "plan": f"{origin.plan_id[:6] or '–'}, stage fingerprint {origin.fingerprint[:6] or '–'}",
         "identity": found.identity[:12],
@@ -203,7 +203,7 @@ def _show_content(found: Found, reading: Reading, json: bool) -> int:
         "tensors": f"{len(content.atoms):,}: " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items()),
         "step": f"{content.iteration:,}" if content.iteration is not None else "–",
         **_trained(content),
-        "layout": str(content.layout) if content.layout else "–",
+        "layout": f"{content.layout}{_uneven(content.layout.layers)}" if content.layout else "–",
         "optimizer": _optimizer(content.optimizer),
         "size": f"{show_bytes(sum(files.values()))} in {len(files):,} files",
         "files": ", ".join(f"{n} {show_bytes(size)}" for n, size in list(files.items())[:_MOST_FILES])
@@ -494,6 +494,11 @@ def _layout(found: Manifest) -> str:
     layout = found.layout
     parts = [f"tp {layout.tp}", f"pp {layout.pp}", f"dp {layout.dp}"] + ([f"vp {layout.vp}"] if layout.vp > 1 else [])
     return " × ".join(parts)
+
+
+def _uneven(layers: Sequence[int] | None) -> str:
+    """How many layers each part of a pipeline has, where they are not all the same."""
+    return f", layers {' + '.join(map(str, layers))}" if layers and len(set(layers)) > 1 else ""
 
 
 def _facts(found: Manifest) -> dict[str, Any]:

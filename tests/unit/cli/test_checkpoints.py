@@ -169,3 +169,9 @@ def test_a_manifest_that_was_changed_is_never_believed(tmp_path: Path) -> None:
         write_json(path, value | {"files": value["files"] | {name: {"size": 1, "crc32": "00000000"}}})
         with pytest.raises(UsageError, match="is not a file of the folder"):
             manifest.read(folder)
+
+
+def test_an_uneven_pipeline_is_shown(tmp_path: Path) -> None:
+    writing = Writing(vocabulary_multiple=8, layout=Layout(pp=2, layers=(2, 1)))
+    folder = made_checkpoints.write(made_checkpoints.content(tmp_path / "made"), "megatron", tmp_path / "out", writing)
+    assert "tp 1 × pp 2, layers 2 + 1" in cpt("ckpt", "show", str(folder)).out
