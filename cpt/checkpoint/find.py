@@ -29,7 +29,7 @@ _UNIVERSAL_FOLDER = re.compile(r"(?:global_step)?(\d+)_universal")
 RESULTS = ("hf", "megatron", "atom")  # folders that stages of kind `convert` leave
 # A folder that looks like several is the first of these: ours hold a config.json or a manifest beside.
 _ORDER = ("atom", "torch_dist", "megatron", "ds-universal", "hf")
-READERS_SAY = ("megatron", "hf")  # formats whose readers say all that is missing, and what to do
+READERS_SAY = ("megatron", "hf", "atom")  # formats whose readers say all that is missing, and what to do
 
 
 class NotWhole(UsageError):

@@ -61,6 +61,14 @@ class AtomFormat(WritableFormat):
         return _Folder(folder).content(reading)
 
     @classmethod
+    def why_not_whole(cls, folder: Path) -> str | None:
+        try:
+            _Folder(folder).content(Reading())
+        except UsageError as error:
+            return error.message.replace(f"`{folder}/", "`")
+        return None
+
+    @classmethod
     def plan(cls, content: Content, writing: Writing) -> Output:
         return _plan(content, writing)
 

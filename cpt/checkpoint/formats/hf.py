@@ -82,10 +82,14 @@ class HuggingFace(WritableFormat):
 
     @classmethod
     def why_not_whole(cls, folder: Path) -> str | None:
-        if not has_weights(folder):
-            return None if _is_pickled(folder) else "it holds no weights"
+        if not has_weights(folder) and not _is_pickled(folder):
+            return "it holds no weights"
         try:
-            read_headers(folder)
+            if has_weights(folder):
+                read_headers(folder)
+            elif (index := folder / BIN_INDEX).is_file():
+                missing = [n for n in sorted(set(named_in(index).values())) if not (folder / n).is_file()]
+                return f"`{missing[0]}` is missing: `{BIN_INDEX}` names it" if missing else None
         except UsageError as error:
             return error.message.replace(f"`{folder}/", "`")
         return None

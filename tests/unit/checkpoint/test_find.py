@@ -109,6 +109,44 @@ def test_a_step_that_lacks_something_is_not_whole_and_the_one_before_is_taken(
 @pytest.mark.parametrize(
     ("file", "size", "why"),
     [
+        ("atoms-00001.safetensors", None, "`atoms-00001.safetensors` is missing"),
+        ("atoms-00001.safetensors", -1, "`atoms-00001.safetensors` has "),
+        ("atom.json", 20, "`atom.json` "),
+    ],
+)
+def test_an_atom_step_that_lacks_weights_is_not_whole(tmp_path: Path, file: str, size: int | None, why: str) -> None:
+    given = made_checkpoints.content(tmp_path / "values", optimizer=False)
+    made = made_checkpoints.write(given, "atom", tmp_path / "made", Writing(file_bytes=8000))
+    assert_an_older_step_is_taken(made, tmp_path / "steps", file, size, why)
+
+
+@pytest.mark.parametrize("why", ["`pytorch_model-00002.bin` is missing", "`pytorch_model.bin.index.json` is not"])
+def test_a_step_of_pickled_weights_that_lacks_a_file_is_not_whole(tmp_path: Path, why: str) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    write_json(made / "config.json", {"model_type": "llama"})
+    write_json(made / "pytorch_model.bin.index.json", {"weight_map": {"a": "pytorch_model-00002.bin"}})
+    (made / "pytorch_model-00002.bin").write_bytes(b"x")
+    assert_an_older_step_is_taken(made, tmp_path / "steps", why.split("`")[1], 0 if "not" in why else None, why)
+
+
+def assert_an_older_step_is_taken(made: Path, steps: Path, file: str, size: int | None, why: str) -> None:
+    """Of two equal steps, once files of the newer one are gone or cut to a size."""
+    one, torn = copy(made, steps / "iter_0000010"), copy(made, steps / "iter_0000020")
+    assert find.find(steps).folder == torn
+    for path in torn.glob(file):
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+    assert str(find.listed(torn)[0].why_not).startswith(why)
+    found = find.find(steps)
+    assert found.folder == one and sum(why in note for note in found.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "why"),
+    [
         ("model-00002-of-00003.safetensors", None, "`model-00002-of-00003.safetensors` is missing"),
         ("model-00003-of-00003.safetensors", -1, "`model-00003-of-00003.safetensors` has "),
         ("model-00001-of-00003.safetensors", 5, "`model-00001-of-00003.safetensors` is cut short"),
@@ -121,16 +159,7 @@ def test_a_hugging_face_step_that_lacks_weights_is_not_whole(
 ) -> None:
     given = made_checkpoints.content(tmp_path / "values", optimizer=False)
     made = made_checkpoints.write(given, "hf", tmp_path / "made", Writing(file_bytes=8000))
-    one, torn = copy(made, tmp_path / "steps" / "iter_0000010"), copy(made, tmp_path / "steps" / "iter_0000020")
-    assert find.find(torn.parent).folder == torn
-    for path in torn.glob(file):
-        if size is None:
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[:size])
-    assert str(find.listed(torn)[0].why_not).startswith(why)
-    found = find.find(torn.parent)
-    assert found.folder == one and sum(why in note for note in found.notes) == 1
+    assert_an_older_step_is_taken(made, tmp_path / "steps", file, size, why)
 
 
 def test_the_tracker_file_says_which_step_is_meant(made: dict[str, Path], tmp_path: Path) -> None:
