@@ -142,13 +142,17 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+class TooLate(AssertionError):
+    """The moment was over when the kill came, as it may be on a machine that is busy: to be tried again."""
+
+
 @dataclass(frozen=True)
 class Moment:
-    """When a rank is killed, and what must be true of what it left."""
+    """When a rank is killed."""
 
     name: str
     wait: Callable[[Running, random.Random], None]
-    check: Callable[[Running], None] = lambda running: None  # called right after the kill
+    was_met: Callable[[Running], bool] = lambda running: True  # called right after the kill
     victim: str = "rank"  # or "command": `cpt run` itself, where no rank lives
     quick: bool = False  # no time to look for the ranks: `wait` has done it
 
@@ -160,10 +164,10 @@ def before_first_checkpoint(stage: str, every: int) -> Moment:
         after = chance.randrange(1, every)
         running.wait_until(lambda: _step(running, stage) >= after, f"step {after} of {stage}")
 
-    def check(running: Running) -> None:
-        assert store.newest_whole(running.run_dir / "stages" / stage / "checkpoints")[0] is None, "it was saved already"
+    def was_met(running: Running) -> bool:
+        return store.newest_whole(running.run_dir / "stages" / stage / "checkpoints")[0] is None
 
-    return Moment(f"before the first checkpoint of {stage}", wait, check)
+    return Moment(f"before the first checkpoint of {stage}", wait, was_met)
 
 
 def inside_a_save(stage: str) -> Moment:
@@ -179,13 +183,11 @@ def inside_a_save(stage: str) -> Moment:
 
         running.wait_until(half_written, f"a save of {stage}", every=0.0002)
 
-    def check(running: Running) -> None:
+    def was_met(running: Running) -> bool:
         folder = running.run_dir / "stages" / stage / "checkpoints"
-        assert [p for p in folder.glob(".writing-*") if not store.is_whole(p)], (
-            "nothing is being saved: killed too late"
-        )
+        return any(not store.is_whole(p) for p in folder.glob(".writing-*"))
 
-    return Moment(f"inside a save of {stage}", wait, check, quick=True)
+    return Moment(f"inside a save of {stage}", wait, was_met, quick=True)
 
 
 def inside_an_evaluation(stage: str, every: int, seconds: float) -> Moment:
@@ -203,12 +205,11 @@ def inside_an_evaluation(stage: str, every: int, seconds: float) -> Moment:
         running.wait_until(lambda: due(running) is not None, f"an evaluation of {stage}")
         time.sleep(chance.uniform(0.2, 0.6) * seconds)
 
-    def check(running: Running) -> None:
+    def was_met(running: Running) -> bool:
         step = due(running)
-        done = [e for e in running.events(stage) if e["kind"] == "eval" and e["step"] == step]
-        assert not done, f"the evaluation at step {step} had ended: killed too late"
+        return not any(e["kind"] == "eval" and e["step"] == step for e in running.events(stage))
 
-    return Moment(f"inside an evaluation of {stage}", wait, check)
+    return Moment(f"inside an evaluation of {stage}", wait, was_met)
 
 
 def between_stages(done: str, following: str) -> Moment:
@@ -219,10 +220,9 @@ def between_stages(done: str, following: str) -> Moment:
         running.wait_until(lambda: path.exists() and '"done"' in path.read_text(), f"the end of {done}")
         running.tree()
 
-    def check(running: Running) -> None:
-        assert not running.events(following), f"{following} had begun: killed too late"
-
-    return Moment(f"between {done} and {following}", wait, check, victim="command")
+    return Moment(
+        f"between {done} and {following}", wait, lambda running: not running.events(following), victim="command"
+    )
 
 
 def after_step(stage: str, steps: int) -> Moment:
@@ -251,7 +251,11 @@ class Kill:
 
 
 def kill_at(runs: Runs, name: str, moment: Moment, chance: random.Random, *overrides: str) -> Kill:
-    """Start the run, kill a random rank at a moment, and see that nothing is left running."""
+    """Start the run, kill a random rank at a moment, and see that nothing is left running.
+
+    Raises:
+        TooLate: the moment was over.
+    """
     running = runs.start(name, *overrides)
     try:
         moment.wait(running, chance)
@@ -259,12 +263,14 @@ def kill_at(runs: Runs, name: str, moment: Moment, chance: random.Random, *overr
         if moment.victim == "command":
             victim, what = running.process.pid, "cpt run"
         else:
-            assert ranks, f"no rank lives {moment.name}"
+            if not ranks:
+                raise TooLate(f"no rank lives {moment.name}")
             rank = chance.randrange(len(ranks))
             victim, what = ranks[rank], f"rank {rank}"
         begin = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        moment.check(running)
+        if not moment.was_met(running):
+            raise TooLate(f"not {moment.name} any more")
         code = running.process.wait(60)
         left = running.orphans()
         seconds = time.monotonic() - begin
