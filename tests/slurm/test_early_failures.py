@@ -154,7 +154,9 @@ def test_a_deleted_run_is_not_made_again_by_its_jobs_and_its_jobs_can_be_cancell
     while place.run_dir("deleted").exists():  # ranks write into it meanwhile
         shutil.rmtree(place.run_dir("deleted"), ignore_errors=True)
     said = place.cpt("cancel", "deleted/it")
-    assert f"removed from the queue: {jobs['short'][0]}, {jobs['long'][0]}" in said and "is gone" in said
+    # The one that runs may have ended by itself: its folder is gone.
+    assert re.search(rf"removed from the queue: {jobs['short'][0]}(, {jobs['long'][0]})?\n", said), said
+    assert "is gone" in said
     place.cluster.clear()  # waits for the processes, too
     left = [path for path in Path(place.run_dir("deleted")).rglob("*") if path.is_file()]
     assert left == []
