@@ -132,7 +132,7 @@ def _crc32_of(file: FileIO, start: int, end: int, watch: Watch) -> int | None:
     file.seek(start)
     while at < end:
         if (at - start) % _AHEAD == 0 and end - at > _AHEAD:
-            ask_for(file.fileno(), at + _AHEAD, min(at + 2 * _AHEAD, end))
+            _ask_for(file.fileno(), at + _AHEAD, min(at + 2 * _AHEAD, end))
         got = file.readinto(buffer[: min(_READ, end - at)])
         if not got:
             return None
@@ -142,7 +142,7 @@ def _crc32_of(file: FileIO, start: int, end: int, watch: Watch) -> int | None:
     return crc
 
 
-def ask_for(descriptor: int, start: int, end: int) -> None:
+def _ask_for(descriptor: int, start: int, end: int) -> None:
     """Let the system read a part of a file while others are worked on; where it can. Other threads go on meanwhile."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):

@@ -82,14 +82,16 @@ class HuggingFace(WritableFormat):
 
     @classmethod
     def why_not_whole(cls, folder: Path) -> str | None:
-        if not has_weights(folder) and not _is_pickled(folder):
-            return "it holds no weights"
         try:
             if has_weights(folder):
                 read_headers(folder)
-            elif (index := folder / BIN_INDEX).is_file():
-                missing = [n for n in sorted(set(named_in(index).values())) if not (folder / n).is_file()]
-                return f"`{missing[0]}` is missing: `{BIN_INDEX}` names it" if missing else None
+            elif not _is_pickled(folder):
+                return "it holds no weights"
+            elif (folder / BIN_INDEX).is_file():
+                names = sorted(set(named_in(folder / BIN_INDEX).values()))
+                return next(
+                    (f"`{n}` is missing: `{BIN_INDEX}` names it" for n in names if not (folder / n).is_file()), None
+                )
         except UsageError as error:
             return error.message.replace(f"`{folder}/", "`")
         return None

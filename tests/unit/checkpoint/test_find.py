@@ -90,20 +90,9 @@ def test_a_step_that_lacks_something_is_not_whole_and_the_one_before_is_taken(
     writing = Writing(layout=layout, optimizer=form)
     made = made_checkpoints.write(made_checkpoints.content(tmp_path / "values"), name, tmp_path / "made", writing)
     (made / "manifest.json").unlink(missing_ok=True)  # as Megatron leaves it
-    one, torn = copy(made, tmp_path / "steps" / "iter_0000006"), copy(made, tmp_path / "steps" / "iter_0000007")
-    (torn.parent / "latest_checkpointed_iteration.txt").write_text("7")
-    assert find.find(torn.parent).folder == torn
-    if size is not None:
-        (torn / file).write_bytes((torn / file).read_bytes()[:size])
-    elif (torn / file).is_dir():
-        shutil.rmtree(torn / file)
-    else:
-        (torn / file).unlink()
-    listed = find.listed(torn.parent)
-    assert [(c.folder, c.why_not is None) for c in listed] == [(one, True), (torn, False)]
-    assert str(listed[1].why_not).startswith(why)
-    found = find.find(torn.parent)
-    assert found.folder == one and sum(why in note for note in found.notes) == 1
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "latest_checkpointed_iteration.txt").write_text("20")
+    assert_an_older_step_is_taken(made, tmp_path / "steps", file, size, why)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +124,15 @@ def assert_an_older_step_is_taken(made: Path, steps: Path, file: str, size: int 
     one, torn = copy(made, steps / "iter_0000010"), copy(made, steps / "iter_0000020")
     assert find.find(steps).folder == torn
     for path in torn.glob(file):
-        if size is None:
-            path.unlink()
-        else:
+        if size is not None:
             path.write_bytes(path.read_bytes()[:size])
-    assert str(find.listed(torn)[0].why_not).startswith(why)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    listed = find.listed(steps)
+    assert [(c.folder, c.why_not is None) for c in listed] == [(one, True), (torn, False)]
+    assert str(listed[1].why_not).startswith(why) and find.listed(torn)[0].why_not == listed[1].why_not
     found = find.find(steps)
     assert found.folder == one and sum(why in note for note in found.notes) == 1
 
